@@ -1,0 +1,77 @@
+"""Which dense families can become a RoutedLlama, and which switches each of them sets.
+
+config = routed_config(AutoConfig.from_pretrained(folder))
+"""
+
+from collections.abc import Callable
+from typing import Any
+
+from transformers import PreTrainedConfig
+
+from moe.errors import UserError
+from moe.model.config import RoutedLlamaConfig
+
+
+def _llama(config: PreTrainedConfig) -> dict[str, Any]:
+    return {}
+
+
+def _mistral(config: PreTrainedConfig) -> dict[str, Any]:
+    return {"attention_bias": False, "mlp_bias": False}
+
+
+def _qwen2(config: PreTrainedConfig) -> dict[str, Any]:
+    return {"attention_bias": True, "attention_output_bias": False, "mlp_bias": False}
+
+
+def _qwen3(config: PreTrainedConfig) -> dict[str, Any]:
+    return {"qk_norm": True, "mlp_bias": False}
+
+
+FAMILIES: dict[str, Callable[[PreTrainedConfig], dict[str, Any]]] = {
+    "llama": _llama,
+    "mistral": _mistral,
+    "qwen2": _qwen2,
+    "qwen3": _qwen3,
+}
+
+# What a family's own class would do and a RoutedLlama would not, with the value that is harmless.
+OBSTACLES: dict[str, tuple[Any, ...]] = {
+    "quantization_config": (None,),
+    "num_local_experts": (None,),
+    "num_experts": (None,),
+    "logit_scale": (None, 1.0),
+    "final_logit_softcapping": (None,),
+    "attn_logit_softcapping": (None,),
+    "residual_multiplier": (None, 1.0),
+    "embedding_multiplier": (None, 1.0),
+    "partial_rotary_factor": (None, 1.0),
+}
+
+
+def routed_config(dense: PreTrainedConfig) -> RoutedLlamaConfig:
+    """The RoutedLlamaConfig that computes what `dense` computes, nothing routed yet.
+
+    Every field of the source is carried over, known to us or not. A RoutedLlamaConfig comes back as
+    a copy. Raises UserError naming the field that stands in the way.
+    """
+    if isinstance(dense, RoutedLlamaConfig):
+        return RoutedLlamaConfig.from_dict(dense.to_dict())
+    family = dense.model_type
+    if family not in FAMILIES:
+        raise UserError(
+            f"model_type={family!r} is not a LLaMA-like family. Families that can be upcycled: "
+            f"{', '.join(FAMILIES)}."
+        )
+    for field, harmless in OBSTACLES.items():
+        value = getattr(dense, field, None)
+        if value not in harmless:
+            advice = " Convert it with `moe import` first." if "quant" in field else ""
+            raise UserError(
+                f"{field}={value!r} in the source's config has no counterpart here: the result "
+                f"would not be the same model.{advice}"
+            )
+    fields = dense.to_dict()
+    for own in ("model_type", "architectures", "transformers_version", "auto_map"):
+        fields.pop(own, None)
+    return RoutedLlamaConfig(**{**fields, **FAMILIES[family](dense), "source_model_type": family})

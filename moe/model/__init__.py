@@ -1,0 +1,23 @@
+"""The model. Importing this registers RoutedLlama with transformers' Auto classes."""
+
+from transformers import AutoConfig, AutoModel, AutoModelForCausalLM
+
+from moe.model.config import AttentionSpec, MLPSpec, RoutedLlamaConfig
+from moe.model.llama import RoutedCausalLMOutput, RoutedLlamaForCausalLM, RoutedLlamaModel
+from moe.model.losses import LayerLoad, LayerRouting, RoutingLoad
+
+AutoConfig.register(RoutedLlamaConfig.model_type, RoutedLlamaConfig, exist_ok=True)
+AutoModel.register(RoutedLlamaConfig, RoutedLlamaModel, exist_ok=True)
+AutoModelForCausalLM.register(RoutedLlamaConfig, RoutedLlamaForCausalLM, exist_ok=True)
+
+__all__ = [
+    "AttentionSpec",
+    "LayerLoad",
+    "LayerRouting",
+    "MLPSpec",
+    "RoutedCausalLMOutput",
+    "RoutedLlamaConfig",
+    "RoutedLlamaForCausalLM",
+    "RoutedLlamaModel",
+    "RoutingLoad",
+]

@@ -1,0 +1,81 @@
+"""Parameters and FLOPs of a RoutedLlama, from its config alone."""
+
+from typing import NamedTuple
+
+from moe.model.config import AttentionSpec, MLPSpec, RoutedLlamaConfig
+
+
+class ParameterCounts(NamedTuple):
+    """`active` is what one token uses: its experts, its heads' rows of the output projection."""
+
+    total: int
+    active: int
+
+
+def parameter_counts(config: RoutedLlamaConfig) -> ParameterCounts:
+    """Parameters of the model, tied embeddings counted once."""
+    hidden, vocabulary = config.hidden_size, config.vocab_size
+    outside = vocabulary * hidden * (1 if config.tie_word_embeddings else 2) + hidden
+    total = active = outside
+    for layer in range(config.num_hidden_layers):
+        for part in (
+            attention_parameters(config, config.attention_spec(layer)),
+            mlp_parameters(config, config.mlp_spec(layer)),
+        ):
+            total, active = total + part.total, active + part.active
+        total, active = total + 2 * hidden, active + 2 * hidden  # the layer's two norms
+    return ParameterCounts(total, active)
+
+
+def attention_parameters(config: RoutedLlamaConfig, spec: AttentionSpec) -> ParameterCounts:
+    """Of one attention: every query, key and value projection is needed, o_proj only in part."""
+    hidden, head_dim = config.hidden_size, config.head_dim
+    heads, kv_heads = config.num_attention_heads, config.num_key_value_heads
+    assert head_dim is not None and kv_heads is not None
+    qkv = (heads + 2 * kv_heads) * head_dim * (hidden + bool(config.attention_bias))
+    always = qkv + bool(config.attention_output_bias) * hidden + 2 * head_dim * config.qk_norm
+    if spec.kind == "moh" and spec.router == "two_stage":
+        shared = len(spec.shared_heads)
+        always += hidden * (heads - shared + (shared + 2 if shared else 0))
+    rows = active_heads(config, spec) * head_dim * hidden
+    return ParameterCounts(always + heads * head_dim * hidden, always + rows)
+
+
+def active_heads(config: RoutedLlamaConfig, spec: AttentionSpec) -> int:
+    """Query heads whose output a token uses."""
+    heads, kv_heads = config.num_attention_heads, config.num_key_value_heads
+    assert kv_heads is not None
+    if spec.kind == "dense":
+        return heads
+    group = heads // kv_heads if spec.granularity == "kv_group" else 1
+    return group * (len(spec.shared_heads) + spec.top_k)
+
+
+def mlp_parameters(config: RoutedLlamaConfig, spec: MLPSpec) -> ParameterCounts:
+    """Of one MLP; the selection bias is a buffer and not counted."""
+    hidden = config.hidden_size
+    if spec.kind == "dense":
+        inner = config.intermediate_size
+        size = 3 * hidden * inner + bool(config.mlp_bias) * (2 * inner + hidden)
+        return ParameterCounts(size, size)
+    assert spec.intermediate_size is not None
+    expert = 3 * hidden * spec.intermediate_size
+    always = spec.num_experts * hidden + 3 * hidden * spec.shared_intermediate_size
+    return ParameterCounts(
+        always + spec.num_experts * expert, always + min(spec.top_k, spec.num_experts) * expert
+    )
+
+
+def flops_per_token(config: RoutedLlamaConfig, sequence_length: int) -> float:
+    """Forward and backward FLOPs of one token in training: 6 per active weight in a matmul, 12 per
+    head element and position in the attention core (no discount for causality, as is customary).
+    """
+    hidden, head_dim = config.hidden_size, config.head_dim
+    assert head_dim is not None
+    embeddings = config.vocab_size * hidden * (1 if config.tie_word_embeddings else 2)
+    weights = parameter_counts(config).active - embeddings + config.vocab_size * hidden
+    heads = sum(
+        active_heads(config, config.attention_spec(layer))
+        for layer in range(config.num_hidden_layers)
+    )
+    return 6.0 * weights + 12.0 * heads * head_dim * sequence_length

@@ -1,0 +1,97 @@
+"""What a router did to a batch: loads, entropy, and the losses that act on it.
+
+Everything is returned from the forward pass as sums over tokens, so that adding micro-batches and
+ranks is exact; nothing is kept between calls, so recomputation cannot count twice.
+T tokens, E parts (experts, or heads that compete), K chosen per token.
+"""
+
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from moe.model.config import BalanceNorm
+
+
+class RoutingLoad(NamedTuple):
+    """One router's batch. Padding is never counted."""
+
+    counts: Tensor  # [E] float32, tokens that chose each part
+    probability: Tensor  # [E] float32, router probability summed over tokens
+    entropy: Tensor  # [] nats, summed over tokens
+    tokens: Tensor  # [] float32, tokens counted
+    balance: Tensor  # [] balance loss, mean over tokens, before its coefficient
+    z: Tensor  # [] mean squared logsumexp of the logits; 0 for a router without logits
+
+
+class LayerRouting(NamedTuple):
+    """The routers of one layer; None where the part is dense."""
+
+    attention: RoutingLoad | None
+    mlp: RoutingLoad | None
+
+
+class LayerLoad(NamedTuple):
+    """Fraction of tokens that chose each part over some reference batch; None where dense."""
+
+    attention: Tensor | None
+    mlp: Tensor | None
+
+
+def measure(
+    probability_TE: Tensor,
+    indices_TK: Tensor,
+    valid_T: Tensor | None,
+    norm: BalanceNorm,
+    reference_E: Tensor | None = None,
+    logits_TE: Tensor | None = None,
+) -> RoutingLoad:
+    """Loads and losses of one routing decision.
+
+    balance = scale · Σ_e P_e f_e with P_e the mean probability of e and f_e the fraction of tokens
+    that chose it; scale is 1 (paper), E (code) or E/K (unit: 1 when balanced). f is `reference_E`
+    where given, the load of a larger batch (scope `global`), else of these tokens (`micro`).
+    Source: MoH code, load_balancing; Switch Transformer eq. 4; ST-MoE eq. 5 for z.
+    """
+    num_tokens, num_parts = probability_TE.shape
+    weight_T = probability_TE.new_ones(num_tokens) if valid_T is None else valid_T.to(torch.float32)
+    tokens = weight_T.sum()
+    mean_T = weight_T / tokens.clamp(min=1)
+    counts_E = _count(indices_TK, weight_T, num_parts)
+    mean_E = mean_T @ probability_TE
+    fraction_E = counts_E / tokens.clamp(min=1) if reference_E is None else reference_E
+    scale = {"paper": 1.0, "code": num_parts, "unit": num_parts / indices_TK.shape[1]}[norm]
+    with torch.no_grad():
+        entropy_T = torch.special.entr(probability_TE).sum(-1)
+        entropy = weight_T @ entropy_T
+    z = tokens.new_zeros(())
+    if logits_TE is not None:
+        z = mean_T @ torch.logsumexp(logits_TE, dim=-1).square()
+    return RoutingLoad(
+        counts=counts_E,
+        probability=mean_E.detach() * tokens,
+        entropy=entropy,
+        tokens=tokens,
+        balance=scale * (mean_E @ fraction_E),
+        z=z,
+    )
+
+
+def _count(indices_TK: Tensor, weight_T: Tensor, num_parts: int) -> Tensor:
+    """Tokens per part, padding weighing nothing: [E] float32."""
+    counts_E = weight_T.new_zeros(num_parts)
+    return counts_E.index_add_(
+        0, indices_TK.reshape(-1), weight_T.repeat_interleave(indices_TK.shape[1])
+    )
+
+
+@torch.no_grad()
+def update_selection_bias(biases: Sequence[Tensor], counts: Sequence[Tensor], rate: float) -> None:
+    """Move each router's selection bias [E] against its load: + rate where below the mean load.
+
+    Call once per optimiser step with counts [E] summed over the whole global batch.
+    Source: loss-free balancing, arXiv 2408.15664, algorithm 1.
+    """
+    for bias_E, counts_E in zip(biases, counts, strict=True):
+        bias_E += rate * torch.sign(counts_E.mean() - counts_E)

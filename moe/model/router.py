@@ -1,0 +1,198 @@
+"""The routers: what decides, for each token, which heads and experts count, and how much.
+
+All of it in float32 whatever the model's dtype: in bfloat16 a quarter of the tokens tie at the
+top-k boundary. T tokens, H hidden, E experts, N heads (or KV groups), R routed of them, K chosen.
+"""
+
+from collections.abc import Sequence
+from itertools import groupby
+
+import torch
+from torch import Tensor, nn
+
+from moe.kernels import ops
+from moe.model.config import AttentionSpec, MLPSpec
+from moe.model.losses import RoutingLoad, measure
+
+
+def straight_through(mask: Tensor, probability: Tensor) -> Tensor:
+    """Exactly `mask` forward, the gradient of `probability` backward.
+
+    The association matters: (mask + p) - p is off by a rounding for one entry in seven.
+    """
+    return mask + (probability - probability.detach())
+
+
+class Columns:
+    """Which of N columns compete and which are shared, as runs of slices.
+
+    Slices, not index tensors: nothing to keep on a device, nothing to copy there, no sync.
+    """
+
+    def __init__(self, total: int, routed: Sequence[int]) -> None:
+        self.routed = tuple(routed)
+        self.total = total
+        kinds = [i in set(routed) for i in range(total)]
+        self._runs = [(kind, len(list(run))) for kind, run in groupby(kinds)]
+
+    def take_routed(self, values_TN: Tensor) -> Tensor:
+        """The competing columns [T, R] of [T, N]."""
+        pieces = values_TN.split([length for _, length in self._runs], dim=1)
+        routed = zip(pieces, self._runs, strict=True)
+        return torch.cat([piece for piece, (is_routed, _) in routed if is_routed], dim=1)
+
+    def merge(self, shared_TS: Tensor, routed_TR: Tensor) -> Tensor:
+        """Columns [T, N] in their places again, from the shared and the competing ones."""
+        pieces, start = [], {True: 0, False: 0}
+        for is_routed, length in self._runs:
+            source = routed_TR if is_routed else shared_TS
+            pieces.append(source[:, start[is_routed] : start[is_routed] + length])
+            start[is_routed] += length
+        return torch.cat(pieces, dim=1)
+
+
+class NormRouter(nn.Module):
+    """MoH's parameter-free router: the heads with the largest query norms are on, the rest off.
+
+    Source: MoH-LLaMA3 modeling_llama.py (gate before RoPE), MoH eq. 9-10 for the gradient.
+    """
+
+    def __init__(self, spec: AttentionSpec, num_heads: int, num_kv_heads: int) -> None:
+        super().__init__()
+        self.spec = spec
+        self.group_size = num_heads // num_kv_heads if spec.granularity == "kv_group" else 1
+        num_units = num_heads // self.group_size
+        self.units = Columns(num_units, spec.routed_heads(num_units))
+
+    def forward(
+        self,
+        x_TH: Tensor,
+        query_TNd: Tensor,
+        valid_T: Tensor | None,
+        reference_R: Tensor | None,
+    ) -> tuple[Tensor, RoutingLoad]:
+        """Gate [T, N] of 0s, 1s (and routed_scale), from queries before RoPE and before q_norm."""
+        spec = self.spec
+        unit_TUd = query_TNd.float().unflatten(1, (-1, self.group_size)).flatten(2)
+        norm_TR = self.units.take_routed(torch.linalg.vector_norm(unit_TUd, dim=-1))
+        probability_TR = torch.softmax(standardise(norm_TR, spec), dim=-1)
+        indices_TK = ops.select_top_k(probability_TR.detach(), spec.top_k)
+        mask_TR = torch.zeros_like(probability_TR).scatter_(-1, indices_TK, 1.0)
+        surrogate_TR = probability_TR
+        if spec.straight_through == "selected":
+            surrogate_TR = torch.where(mask_TR > 0, probability_TR, probability_TR.detach())
+        routed_TR = spec.routed_scale * straight_through(mask_TR, surrogate_TR)
+        shared_TS = routed_TR.new_ones(len(routed_TR), len(spec.shared_heads))
+        gate_TU = self.units.merge(shared_TS, routed_TR)
+        reference_R = reference_R if spec.balance_scope == "global" else None
+        load = measure(probability_TR, indices_TK, valid_T, spec.balance_norm, reference_R)
+        return gate_TU.repeat_interleave(self.group_size, dim=1), load
+
+
+def standardise(norm_TR: Tensor, spec: AttentionSpec) -> Tensor:
+    """Norms over their deviation across the routed heads of a token (unbiased, mean kept).
+
+    One routed head has no deviation: its score is the norm itself, its probability 1.
+    """
+    if norm_TR.shape[-1] == 1:
+        return norm_TR
+    # sqrt has no gradient at 0, so equal norms would turn into NaN: eps sits under the root too
+    variance_T1 = norm_TR.var(-1, keepdim=True, correction=1)
+    std_T1 = torch.where(variance_T1 > 0, variance_T1, 1.0).sqrt() * (variance_T1 > 0)
+    if not spec.differentiate_std:
+        std_T1 = std_T1.detach()
+    return norm_TR / (std_T1 + spec.std_eps)
+
+
+class TwoStageRouter(nn.Module):
+    """MoH's soft router with parameters: weights within shared and routed heads, and between them.
+
+    Code scaling, so that weights average 1 and zero weights give every active head exactly 1.
+    Source: MoH-ViT attention.py:46-116; MoH eq. 5-6 up to that scaling.
+    """
+
+    def __init__(self, spec: AttentionSpec, num_heads: int, hidden_size: int) -> None:
+        super().__init__()
+        self.spec = spec
+        self.heads = Columns(num_heads, spec.routed_heads(num_heads))
+        self.routed = nn.Linear(hidden_size, len(self.heads.routed), bias=False)
+        if spec.shared_heads:
+            self.shared = nn.Linear(hidden_size, len(spec.shared_heads), bias=False)
+            self.mix = nn.Linear(hidden_size, 2, bias=False)
+
+    def forward(
+        self,
+        x_TH: Tensor,
+        query_TNd: Tensor,
+        valid_T: Tensor | None,
+        reference_R: Tensor | None,
+    ) -> tuple[Tensor, RoutingLoad]:
+        """Gate [T, N], real-valued, from the normed attention input."""
+        spec = self.spec
+        x_TH = x_TH.float()
+        probability_TR = _softmax(x_TH, self.routed)
+        indices_TK = ops.select_top_k(probability_TR.detach(), spec.top_k)
+        weights_TK = spec.top_k * spec.routed_scale * ops.weigh(probability_TR, indices_TK, True)
+        shared_TS = x_TH.new_zeros(len(x_TH), 0)
+        if spec.shared_heads:
+            mix_T2 = 2 * _softmax(x_TH, self.mix)
+            weights_TK = weights_TK * mix_T2[:, 1:]
+            shared_TS = mix_T2[:, :1] * len(spec.shared_heads) * _softmax(x_TH, self.shared)
+        routed_TR = torch.zeros_like(probability_TR).scatter(-1, indices_TK, weights_TK)
+        gate_TN = self.heads.merge(shared_TS, routed_TR)
+        reference_R = reference_R if spec.balance_scope == "global" else None
+        load = measure(probability_TR, indices_TK, valid_T, spec.balance_norm, reference_R)
+        return gate_TN, load
+
+
+def _softmax(x_TH: Tensor, linear: nn.Linear) -> Tensor:
+    return torch.softmax(_project(x_TH, linear.weight), dim=-1)
+
+
+def _project(x_TH: Tensor, weight_EH: Tensor) -> Tensor:
+    """Logits in float32, under autocast too."""
+    with torch.autocast(x_TH.device.type, enabled=False):
+        return x_TH.float() @ weight_EH.float().T
+
+
+def attention_router(
+    spec: AttentionSpec, num_heads: int, num_kv_heads: int, hidden_size: int
+) -> nn.Module | None:
+    """The head router that a specification asks for; None for dense attention."""
+    if spec.kind == "dense":
+        return None
+    if spec.router == "qnorm":
+        return NormRouter(spec, num_heads, num_kv_heads)
+    return TwoStageRouter(spec, num_heads, hidden_size)
+
+
+class ExpertRouter(nn.Module):
+    """Scores the experts of an MLP and picks top_k of them for each token."""
+
+    selection_bias: Tensor | None
+
+    def __init__(self, spec: MLPSpec, hidden_size: int) -> None:
+        super().__init__()
+        self.spec = spec
+        self.weight = nn.Parameter(torch.empty(spec.num_experts, hidden_size))
+        bias = torch.zeros(spec.num_experts, dtype=torch.float32) if spec.selection_bias else None
+        self.register_buffer("selection_bias", bias)
+
+    def forward(
+        self, x_TH: Tensor, valid_T: Tensor | None, reference_E: Tensor | None
+    ) -> tuple[Tensor, Tensor, RoutingLoad]:
+        """Experts [T, K] int64, their weights [T, K] float32, and the load."""
+        spec = self.spec
+        logits_TE = _project(x_TH, self.weight)
+        scores_TE = logits_TE.softmax(-1) if spec.score == "softmax" else logits_TE.sigmoid()
+        choice_TE = scores_TE.detach()
+        if self.selection_bias is not None:
+            choice_TE = choice_TE + self.selection_bias.float()
+        indices_TK = ops.select_top_k(choice_TE, spec.top_k)
+        weights_TK = spec.weight_scale * ops.weigh(scores_TE, indices_TK, spec.renormalise)
+        probability_TE = scores_TE
+        if spec.score == "sigmoid":
+            probability_TE = scores_TE / (scores_TE.sum(-1, keepdim=True) + 1e-20)
+        reference_E = reference_E if spec.balance_scope == "global" else None
+        load = measure(probability_TE, indices_TK, valid_T, "unit", reference_E, logits_TE)
+        return indices_TK, weights_TK, load
