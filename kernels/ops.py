@@ -145,11 +145,11 @@ def _(
 
 def _save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
     ctx.save_for_backward(*inputs, output[1])
+    ctx.mark_non_differentiable(output[1])  # h is for backward alone
     ctx.set_materialize_grads(False)
 
 
 def _differentiate(ctx: Any, dy: Tensor | None, dh: Tensor | None) -> tuple[Tensor | None, ...]:
-    assert dh is None, "h is internal to the operation"
     if dy is None:
         return None, None, None, None, None
     need_x, need_w1, need_w2, _, need_gate = ctx.needs_input_grad

@@ -289,4 +289,4 @@ class RoutedLlamaForCausalLM(RoutedLlamaPreTrainedModel, GenerationMixin):
         for losses in (heads, experts):
             if losses:
                 total = total + torch.stack([x.to(total.device) for x in losses]).mean()
-        return total
+        return total  # float32, or wider in a wider model

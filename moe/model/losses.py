@@ -15,12 +15,12 @@ from moe.model.config import BalanceNorm
 
 
 class RoutingLoad(NamedTuple):
-    """One router's batch. Padding is never counted."""
+    """One router's batch, in float32 (float64 in a float64 model). Padding is never counted."""
 
-    counts: Tensor  # [E] float32, tokens that chose each part
-    probability: Tensor  # [E] float32, router probability summed over tokens
+    counts: Tensor  # [E] tokens that chose each part
+    probability: Tensor  # [E] router probability summed over tokens
     entropy: Tensor  # [] nats, summed over tokens
-    tokens: Tensor  # [] float32, tokens counted
+    tokens: Tensor  # [] tokens counted
     balance: Tensor  # [] balance loss, mean over tokens, before its coefficient
     z: Tensor  # [] mean squared logsumexp of the logits; 0 for a router without logits
 
@@ -55,12 +55,16 @@ def measure(
     Source: MoH code, load_balancing; Switch Transformer eq. 4; ST-MoE eq. 5 for z.
     """
     num_tokens, num_parts = probability_TE.shape
-    weight_T = probability_TE.new_ones(num_tokens) if valid_T is None else valid_T.to(torch.float32)
+    weight_T = probability_TE.new_ones(num_tokens)
+    if valid_T is not None:
+        weight_T = valid_T.to(weight_T)
     tokens = weight_T.sum()
     mean_T = weight_T / tokens.clamp(min=1)
     counts_E = _count(indices_TK, weight_T, num_parts)
     mean_E = mean_T @ probability_TE
-    fraction_E = counts_E / tokens.clamp(min=1) if reference_E is None else reference_E
+    fraction_E = counts_E / tokens.clamp(min=1)
+    if reference_E is not None:
+        fraction_E = reference_E.to(mean_E)
     scale = {"paper": 1.0, "code": num_parts, "unit": num_parts / indices_TK.shape[1]}[norm]
     with torch.no_grad():
         entropy_T = torch.special.entr(probability_TE).sum(-1)
@@ -79,7 +83,7 @@ def measure(
 
 
 def _count(indices_TK: Tensor, weight_T: Tensor, num_parts: int) -> Tensor:
-    """Tokens per part, padding weighing nothing: [E] float32."""
+    """Tokens per part, padding weighing nothing: [E]."""
     counts_E = weight_T.new_zeros(num_parts)
     return counts_E.index_add_(
         0, indices_TK.reshape(-1), weight_T.repeat_interleave(indices_TK.shape[1])

@@ -1,6 +1,6 @@
 """The routers: what decides, for each token, which heads and experts count, and how much.
 
-All of it in float32 whatever the model's dtype: in bfloat16 a quarter of the tokens tie at the
+All of it in float32 (float64 in a float64 model): in bfloat16 a quarter of the tokens tie at the
 top-k boundary. T tokens, H hidden, E experts, N heads (or KV groups), R routed of them, K chosen.
 """
 
@@ -21,6 +21,11 @@ def straight_through(mask: Tensor, probability: Tensor) -> Tensor:
     The association matters: (mask + p) - p is off by a rounding for one entry in seven.
     """
     return mask + (probability - probability.detach())
+
+
+def widen(x: Tensor) -> Tensor:
+    """In float32, or in the tensor's own dtype where that is wider."""
+    return x.to(torch.promote_types(x.dtype, torch.float32))
 
 
 class Columns:
@@ -73,7 +78,7 @@ class NormRouter(nn.Module):
     ) -> tuple[Tensor, RoutingLoad]:
         """Gate [T, N] of 0s, 1s (and routed_scale), from queries before RoPE and before q_norm."""
         spec = self.spec
-        unit_TUd = query_TNd.float().unflatten(1, (-1, self.group_size)).flatten(2)
+        unit_TUd = widen(query_TNd).unflatten(1, (-1, self.group_size)).flatten(2)
         norm_TR = self.units.take_routed(torch.linalg.vector_norm(unit_TUd, dim=-1))
         probability_TR = torch.softmax(standardise(norm_TR, spec), dim=-1)
         indices_TK = ops.select_top_k(probability_TR.detach(), spec.top_k)
@@ -129,11 +134,10 @@ class TwoStageRouter(nn.Module):
     ) -> tuple[Tensor, RoutingLoad]:
         """Gate [T, N], real-valued, from the normed attention input."""
         spec = self.spec
-        x_TH = x_TH.float()
         probability_TR = _softmax(x_TH, self.routed)
         indices_TK = ops.select_top_k(probability_TR.detach(), spec.top_k)
         weights_TK = spec.top_k * spec.routed_scale * ops.weigh(probability_TR, indices_TK, True)
-        shared_TS = x_TH.new_zeros(len(x_TH), 0)
+        shared_TS = probability_TR.new_zeros(len(x_TH), 0)
         if spec.shared_heads:
             mix_T2 = 2 * _softmax(x_TH, self.mix)
             weights_TK = weights_TK * mix_T2[:, 1:]
@@ -150,9 +154,9 @@ def _softmax(x_TH: Tensor, linear: nn.Linear) -> Tensor:
 
 
 def _project(x_TH: Tensor, weight_EH: Tensor) -> Tensor:
-    """Logits in float32, under autocast too."""
+    """Logits in float32 or wider, under autocast too."""
     with torch.autocast(x_TH.device.type, enabled=False):
-        return x_TH.float() @ weight_EH.float().T
+        return widen(x_TH) @ widen(weight_EH).T
 
 
 def attention_router(
