@@ -1,0 +1,312 @@
+"""Recipes: from a dense model's config and tensors to a target config and a plan.
+
+    conversion = convert(source, MoH(top_k=3), seed=0)
+
+A recipe is a frozen dataclass of options with one method, `apply`; it reads no weights. It may
+convert only some layers, and a source may be a RoutedLlama whose other part is routed already.
+"""
+
+import dataclasses
+import random
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any, ClassVar, Literal
+
+import torch
+
+from moe.errors import Corrupt, UserError
+from moe.hf.families import routed_config
+from moe.model import AttentionSpec, MLPSpec, RoutedLlamaConfig, RoutedLlamaForCausalLM
+from moe.upcycle.expression import Concat, Draw, Expression, Noise, Read, Redraw, Stack
+from moe.upcycle.source import Source
+
+Purpose = Literal["train", "serve"]
+ROUTER_STD = 0.02  # small, so that tokens spread: loads within ±30 % of even at 4 to 8 experts
+
+Plan = dict[str, Expression]
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Conversion:
+    """What a recipe asks the writer for, and what may be claimed about the result."""
+
+    config: RoutedLlamaConfig
+    plan: Plan
+    exact: bool  # whether the method preserves the function, up to rounding
+    statement: str  # why it does, or what it changes
+    warnings: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class MoH:
+    """Attention heads that compete: `shared_heads` always on, `top_k` of the others per token."""
+
+    name: ClassVar[str] = "moh"
+    part: ClassVar[str] = "attention"
+
+    router: Literal["qnorm", "two_stage"] = "qnorm"
+    shared_heads: int | None = None  # None: half of them
+    top_k: int | None = None  # None: so that three quarters are active
+    granularity: Literal["head", "kv_group"] = "head"
+    purpose: Purpose = "train"
+
+    def spec(self, config: RoutedLlamaConfig) -> AttentionSpec:
+        """The attention of a converted layer. Raises UserError where the numbers do not fit."""
+        heads, kv_heads = config.num_attention_heads, config.num_key_value_heads
+        assert kv_heads is not None
+        units = kv_heads if self.granularity == "kv_group" else heads
+        shared = units // 2 if self.shared_heads is None else self.shared_heads
+        top_k = max(1, round(0.75 * units) - shared) if self.top_k is None else self.top_k
+        spec = AttentionSpec(
+            kind="moh",
+            router=self.router,
+            shared_heads=tuple(range(shared)),
+            top_k=top_k,
+            granularity=self.granularity,
+            balance_coef=0.01 if self.purpose == "train" else 0.0,
+        )
+        if problems := spec.problems(heads, kv_heads):
+            raise UserError("\n".join(problems))
+        return spec
+
+    def apply(self, config: RoutedLlamaConfig, plan: Plan, layers: Sequence[int], seed: int) -> str:
+        """Route the heads of `layers` in place; returns the statement, empty where inexact."""
+        spec = self.spec(config)
+        units = config.num_attention_heads
+        if spec.granularity == "kv_group":
+            units = config.num_key_value_heads or units
+        routed = units - len(spec.shared_heads)
+        every = spec.top_k == routed
+        _set_parts(config, "attention", layers, spec.to_dict())
+        if spec.router == "two_stage":
+            hidden, dtype = config.hidden_size, plan["model.norm.weight"].dtype
+            sizes = {"routed": routed}
+            if spec.shared_heads:
+                sizes |= {"shared": len(spec.shared_heads), "mix": 2}
+            # zero rows make every weight exactly 1, but below k = R all heads would tie
+            std = 0.0 if every else 1e-2 * hidden**-0.5
+            for layer in layers:
+                for name, size in sizes.items():
+                    key = f"model.layers.{layer}.self_attn.router.{name}.weight"
+                    plan[key] = Draw((size, hidden), dtype, std, f"{seed}/{key}")
+        return "every head is on with weight 1" if every else ""
+
+    def inexact(self, config: RoutedLlamaConfig) -> str:
+        spec = self.spec(config)
+        return f"{spec.top_k} of the heads that compete are on per token, the rest are left out"
+
+    def warnings(self) -> tuple[str, ...]:
+        return ()
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Copy:
+    """Each MLP copied into `num_experts` experts, `top_k` per token, weights summing to 1."""
+
+    name: ClassVar[str] = "copy"
+    part: ClassVar[str] = "mlp"
+
+    num_experts: int
+    top_k: int
+    router_init: str | None = None  # normal:STD or zero; None: what `purpose` says
+    diversify: str = "none"  # none, noise:S, drop:R
+    purpose: Purpose = "train"
+
+    def __post_init__(self) -> None:
+        problems = []
+        if self.num_experts < 1:
+            problems.append(f"--num-experts {self.num_experts} must be at least 1.")
+        elif not 1 <= self.top_k <= self.num_experts:
+            problems.append(f"--top-k {self.top_k} must be between 1 and {self.num_experts}.")
+        for parse in (self.router_std, self.diversity):
+            try:
+                parse()
+            except UserError as error:
+                problems.append(str(error))
+        if problems:
+            raise UserError("\n".join(problems))
+
+    def router_std(self) -> float:
+        """Deviation of the drawn router rows; 0 for `zero`."""
+        text = self.router_init or f"normal:{ROUTER_STD}"
+        if text == "zero":
+            return 0.0
+        return _number(text, "--router-init", ("normal",), "normal:STD or zero", low=0.0)[1]
+
+    def diversity(self) -> tuple[str, float]:
+        """Method and amount by which the copies are told apart."""
+        if self.diversify == "none":
+            return "none", 0.0
+        forms = "none, noise:S (deviation) or drop:R (share of neurons, 0 to 1)"
+        kind, amount = _number(self.diversify, "--diversify", ("noise", "drop"), forms, low=0.0)
+        if kind == "drop" and amount > 1:
+            raise UserError(f"--diversify {self.diversify}: a share lies between 0 and 1.")
+        return kind, amount
+
+    def apply(self, config: RoutedLlamaConfig, plan: Plan, layers: Sequence[int], seed: int) -> str:
+        """Replace the MLPs of `layers` in place; returns the statement, empty where inexact."""
+        spec = MLPSpec(
+            kind="moe",
+            num_experts=self.num_experts,
+            top_k=self.top_k,
+            balance_coef=0.01 if self.purpose == "train" else 0.0,
+        )
+        _set_parts(config, "mlp", layers, spec.to_dict())
+        for layer in layers:
+            at = f"model.layers.{layer}.mlp"
+            gate, up, down = (plan.pop(f"{at}.{n}_proj.weight") for n in ("gate", "up", "down"))
+            experts = [
+                self._expert(gate, up, down, f"{seed}/{at}/{expert}")
+                for expert in range(self.num_experts)
+            ]
+            plan[f"{at}.experts.gate_up_proj"] = Stack(tuple(Concat((g, u)) for g, u, _ in experts))
+            plan[f"{at}.experts.down_proj"] = Stack(tuple(d for _, _, d in experts))
+            key = f"{at}.router.weight"
+            shape = (self.num_experts, config.hidden_size)
+            plan[key] = Draw(shape, gate.dtype, self.router_std(), f"{seed}/{key}")
+        if self.diversity()[1] == 0:
+            return "identical experts, weights over the chosen ones sum to 1"
+        return ""
+
+    def _expert(
+        self, gate: Expression, up: Expression, down: Expression, key: str
+    ) -> tuple[Expression, Expression, Expression]:
+        kind, amount = self.diversity()
+        if amount == 0:
+            return gate, up, down
+        if kind == "noise":
+            noisy = [Noise(m, amount, f"{key}/{i}") for i, m in enumerate((gate, up, down))]
+            return noisy[0], noisy[1], noisy[2]
+        width = gate.shape[0]
+        # one set of neurons for all three matrices: separate sets damage twice as many
+        chosen = tuple(sorted(random.Random(key).sample(range(width), round(amount * width))))
+        return (
+            Redraw(gate, chosen, 0, f"{key}/gate"),
+            Redraw(up, chosen, 0, f"{key}/up"),
+            Redraw(down, chosen, 1, f"{key}/down"),
+        )
+
+    def inexact(self, config: RoutedLlamaConfig) -> str:
+        return f"the copies are told apart by {self.diversify}"
+
+    def warnings(self) -> tuple[str, ...]:
+        if self.router_std() == 0 and self.top_k < self.num_experts:
+            return (
+                f"--router-init zero ties all experts: every token goes to the first {self.top_k}, "
+                f"the other {self.num_experts - self.top_k} stay idle until the router moves.",
+            )
+        return ()
+
+
+Recipe = MoH | Copy
+RECIPES: dict[str, Callable[..., Recipe]] = {"moh": MoH, "copy": Copy}
+
+
+def convert(
+    source: Source, recipe: Recipe, seed: int = 0, layers: str | None = None,
+    dtype: torch.dtype | None = None,
+) -> Conversion:  # fmt: skip
+    """Config and plan of `recipe` on `source`. Raises UserError where they do not go together."""
+    config = routed_config(source.config)
+    chosen = parse_layers(layers, config.num_hidden_layers)
+    for layer in chosen:
+        spec = (
+            config.attention_spec(layer) if recipe.part == "attention" else config.mlp_spec(layer)
+        )
+        if spec.kind != "dense":
+            raise UserError(
+                f"layer {layer} already has {spec.kind} {recipe.part}: `{recipe.name}` converts "
+                f"dense {recipe.part}. Choose other layers with --layers, or another source."
+            )
+    config.dtype = dtype or config.dtype
+    plan: Plan = {
+        name: Read(tensor)
+        for name, tensor in source.tensors.items()
+        if not name.endswith("rotary_emb.inv_freq")  # old checkpoints store what is computed
+    }
+    _check_names(plan, routed_config(source.config), source)
+    if config.tie_word_embeddings:
+        plan.pop("lm_head.weight", None)  # one tensor, stored once
+    exact = recipe.apply(config, plan, chosen, seed)
+    _check_names(plan, config, source)
+    config.architectures = ["RoutedLlamaForCausalLM"]
+    return Conversion(
+        config=config,
+        plan=plan,
+        exact=bool(exact),
+        statement=exact or recipe.inexact(config),
+        warnings=recipe.warnings(),
+    )
+
+
+def _check_names(plan: Plan, config: RoutedLlamaConfig, source: Source) -> None:
+    """The plan must make exactly the model's tensors, in its shapes."""
+    with torch.device("meta"):
+        wanted = RoutedLlamaForCausalLM(config).state_dict()
+    if config.tie_word_embeddings:
+        wanted.pop("lm_head.weight", None)
+    if missing := [n for n in wanted if n not in plan]:
+        raise Corrupt(f"{source.folder}: {len(missing)} tensors are missing, first {missing[0]}.")
+    for name, expression in plan.items():
+        if name not in wanted:
+            if name == "lm_head.weight":
+                continue
+            raise UserError(
+                f"{source.folder}: tensor {name} has no place in a {config.source_model_type} "
+                "model of this config. Is the config the checkpoint's own?"
+            )
+        if tuple(wanted[name].shape) != tuple(expression.shape):
+            raise Corrupt(
+                f"{source.folder}: {name} is {tuple(expression.shape)}, its config says "
+                f"{tuple(wanted[name].shape)}."
+            )
+
+
+def _set_parts(
+    config: RoutedLlamaConfig, part: str, layers: Sequence[int], spec: dict[str, Any]
+) -> None:
+    """Give `layers` the specification; one entry for all layers where all are equal."""
+    read = config.attention_spec if part == "attention" else config.mlp_spec
+    count = config.num_hidden_layers
+    specs = [spec if i in set(layers) else _plain(read(i), config) for i in range(count)]
+    setattr(config, part, specs[0] if all(s == specs[0] for s in specs) else specs)
+    if problems := config.problems():
+        raise UserError("\n".join(problems))
+
+
+def _plain(spec: AttentionSpec | MLPSpec, config: RoutedLlamaConfig) -> dict[str, Any]:
+    if isinstance(spec, MLPSpec) and spec.intermediate_size == config.intermediate_size:
+        spec = dataclasses.replace(spec, intermediate_size=None)
+    return spec.to_dict()
+
+
+def parse_layers(text: str | None, count: int) -> list[int]:
+    """`0-3,7` as layer numbers; None means all `count` of them."""
+    if text is None:
+        return list(range(count))
+    try:
+        layers = sorted(set(_ranges(text)))
+    except ValueError:
+        raise UserError(f"--layers {text!r} is not a list like 0-3,7.") from None
+    if not layers or layers[0] < 0 or layers[-1] >= count:
+        raise UserError(f"--layers {text}: the model has layers 0 to {count - 1}.")
+    return layers
+
+
+def _ranges(text: str) -> Iterator[int]:
+    for piece in text.split(","):
+        first, _, last = piece.strip().partition("-")
+        yield from range(int(first), int(last or first) + 1)
+
+
+def _number(
+    text: str, option: str, kinds: Sequence[str], forms: str, low: float
+) -> tuple[str, float]:
+    kind, _, amount = text.partition(":")
+    try:
+        value = float(amount)
+    except ValueError:
+        value = float("nan")
+    if kind not in kinds or not low <= value < float("inf"):
+        raise UserError(f"{option} {text!r} is not understood. Use {forms}.")
+    return kind, value

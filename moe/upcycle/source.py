@@ -1,0 +1,208 @@
+"""A folder of safetensors, read in slices: headers are parsed here, bytes come by `pread`.
+
+No mapping: mapped pages count as this process's memory, and a conversion must stay small whatever
+the checkpoint's size. Nothing is trusted: sizes, offsets and names are checked before use.
+"""
+
+import json
+import math
+import os
+from collections.abc import Iterator
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+
+import torch
+import xxhash
+from torch import Tensor
+from transformers import AutoConfig, PreTrainedConfig
+
+import moe.model  # noqa: F401  (registers RoutedLlama with AutoConfig)
+from moe.errors import Corrupt, UserError
+
+BLOCK_BYTES = 128 * 2**20
+MAX_HEADER_BYTES = 100 * 2**20
+INDEX = "model.safetensors.index.json"
+PICKLES = (".bin", ".pt", ".pth", ".ckpt", ".pkl")
+
+DTYPES = {
+    "F64": torch.float64,
+    "F32": torch.float32,
+    "F16": torch.float16,
+    "BF16": torch.bfloat16,
+    "I64": torch.int64,
+    "I32": torch.int32,
+    "BOOL": torch.bool,
+    "U8": torch.uint8,
+}
+CODES = {dtype: code for code, dtype in DTYPES.items()}
+
+
+@dataclass(frozen=True, slots=True)
+class StoredTensor:
+    """Where one tensor lies: `size` bytes from byte `start` of `file`, row-major."""
+
+    name: str
+    file: Path
+    dtype: torch.dtype
+    shape: tuple[int, ...]
+    start: int
+    size: int
+
+
+def read_header(path: Path) -> dict[str, StoredTensor]:
+    """The tensors of one safetensors file. Raises Corrupt where the file is not what it says."""
+    size = path.stat().st_size
+    with path.open("rb") as file:
+        length = int.from_bytes(file.read(8), "little")
+        if size < 8 or length > min(size - 8, MAX_HEADER_BYTES):
+            raise Corrupt(f"{path}: truncated or not safetensors ({size} bytes, header {length}).")
+        try:
+            header = json.loads(file.read(length))
+            header.pop("__metadata__", None)
+            entries = [
+                (
+                    name,
+                    DTYPES[e["dtype"]],
+                    tuple(map(int, e["shape"])),
+                    *map(int, e["data_offsets"]),
+                )
+                for name, e in header.items()
+            ]
+        except (ValueError, KeyError, TypeError, AttributeError, UnicodeDecodeError) as error:
+            raise Corrupt(f"{path}: unreadable safetensors header ({error}).") from error
+    tensors = {}
+    for name, dtype, shape, start, stop in entries:
+        expected = math.prod(shape) * dtype.itemsize
+        if not 0 <= start <= stop or stop - start != expected or min(shape, default=0) < 0:
+            raise Corrupt(f"{path}: {name} {shape} needs {expected} bytes, has {stop - start}.")
+        if 8 + length + stop > size:
+            raise Corrupt(
+                f"{path}: truncated inside {name}: it ends at byte {8 + length + stop} of {size}. "
+                "Download the file again."
+            )
+        tensors[name] = StoredTensor(name, path, dtype, shape, 8 + length + start, stop - start)
+    return tensors
+
+
+@dataclass(frozen=True)
+class Source:
+    """A model folder: its config and its tensors, none of them loaded."""
+
+    folder: Path
+    config: PreTrainedConfig
+    tensors: dict[str, StoredTensor]
+
+    @classmethod
+    def open(cls, folder: Path) -> "Source":
+        """Read the config and every header. Raises UserError or Corrupt, naming the file."""
+        if not (folder / "config.json").is_file():
+            what = "is not a folder" if not folder.is_dir() else "has no config.json"
+            raise UserError(f"{folder} {what}. Give a model folder; a GGUF file or hub id needs "
+                            "`moe import` first.")  # fmt: skip
+        try:
+            config = AutoConfig.from_pretrained(folder, trust_remote_code=False)
+        except UserError:
+            raise
+        except Exception as error:  # transformers raises what it likes over a bad config
+            reason = str(error).strip().split("\n")[0]
+            raise UserError(f"{folder}/config.json cannot be read: {reason}") from error
+        tensors: dict[str, StoredTensor] = {}
+        for path in weight_files(folder):
+            tensors.update(read_header(path))
+        return cls(folder, config, tensors)
+
+    @cached_property
+    def files(self) -> dict[str, list[StoredTensor]]:
+        """Tensors by file name, in the order of their bytes."""
+        files: dict[str, list[StoredTensor]] = {}
+        for tensor in sorted(self.tensors.values(), key=lambda t: (t.file.name, t.start)):
+            files.setdefault(tensor.file.name, []).append(tensor)
+        return files
+
+
+def weight_files(folder: Path) -> list[Path]:
+    """The safetensors files of a model folder, by index where there is one."""
+    if (folder / INDEX).is_file():
+        try:
+            names = sorted(set(json.loads((folder / INDEX).read_text())["weight_map"].values()))
+        except (ValueError, KeyError, AttributeError, TypeError) as error:
+            raise Corrupt(f"{folder / INDEX}: not an index of weights ({error}).") from error
+        if outside := [n for n in names if Path(n).name != n]:
+            raise Corrupt(f"{folder / INDEX}: {outside[0]!r} lies outside the folder.")
+        if missing := [n for n in names if not (folder / n).is_file()]:
+            raise UserError(
+                f"{folder}: {len(missing)} of {len(names)} shards are missing: "
+                f"{', '.join(missing[:3])}. Download them again."
+            )
+        return [folder / n for n in names]
+    if (folder / "model.safetensors").is_file():
+        return [folder / "model.safetensors"]
+    if shards := sorted(folder.glob("*.safetensors")):
+        raise UserError(
+            f"{folder} has {len(shards)} safetensors files but no {INDEX}. Restore the index."
+        )
+    pickles = [p.name for p in sorted(folder.iterdir()) if p.suffix in PICKLES]
+    if pickles:
+        raise UserError(
+            f"{folder} holds pickled weights ({pickles[0]}), which can run code when loaded. Only "
+            "safetensors and GGUF are read: convert it where you trust it, with save_pretrained."
+        )
+    raise UserError(f"{folder} holds no weights: expected model.safetensors or {INDEX}.")
+
+
+def read_rows(tensor: StoredTensor, start: int, stop: int) -> Tensor:
+    """Rows start..stop of a tensor seen as [rows, columns], columns its last dimension.
+
+    Raises Corrupt where the values are not finite.
+    """
+    columns = tensor.shape[-1] if len(tensor.shape) > 1 else 1
+    row = columns * tensor.dtype.itemsize
+    buffer = bytearray((stop - start) * row)
+    with tensor.file.open("rb", buffering=0) as file:
+        file.seek(tensor.start + start * row)
+        view, filled = memoryview(buffer), 0
+        while filled < len(buffer):
+            count = file.readinto(view[filled:])
+            if not count:
+                raise Corrupt(f"{tensor.file}: ends inside {tensor.name}.")
+            filled += count
+    if not buffer:
+        return torch.empty(0, columns, dtype=tensor.dtype)
+    block = torch.frombuffer(buffer, dtype=tensor.dtype).view(-1, columns)
+    # a finite sum has only finite terms, and summing is several times faster than looking
+    if tensor.dtype.is_floating_point and not block.sum(dtype=torch.float64).isfinite():
+        bad = int((~block.isfinite()).sum())
+        if bad:
+            raise Corrupt(f"{tensor.file}: {tensor.name} holds {bad} values that are not finite.")
+    return block
+
+
+def block_rows(columns: int, dtype: torch.dtype) -> int:
+    """Rows of one block: as many as fit BLOCK_BYTES, at least one."""
+    return max(1, BLOCK_BYTES // max(1, columns * dtype.itemsize))
+
+
+def blocks(rows: int, columns: int, dtype: torch.dtype) -> Iterator[tuple[int, int]]:
+    """Row ranges of at most BLOCK_BYTES that cover `rows`."""
+    step = block_rows(columns, dtype)
+    for start in range(0, rows, step):
+        yield start, min(rows, start + step)
+
+
+def hash_file(path: Path) -> str:
+    """xxh3-128 of a file's bytes."""
+    digest = xxhash.xxh3_128()
+    with path.open("rb", buffering=0) as file:
+        while block := file.read(16 * 2**20):
+            digest.update(block)
+    return digest.hexdigest()
+
+
+def sync(path: Path) -> None:
+    """Force a file or folder to disk."""
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)

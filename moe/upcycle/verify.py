@@ -1,0 +1,255 @@
+"""Proof of a conversion: the written folder, reloaded, against its parent on real text, in fp32.
+
+Where the method preserves the function the result is pass or fail at a relative logit difference
+of 1e-5; where it does not, the numbers are stated and nothing is claimed.
+"""
+
+import math
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
+
+import moe.model  # noqa: F401  (registers RoutedLlama)
+from moe.errors import UserError
+from moe.model import RoutedLlamaForCausalLM
+
+WINDOWS = 8
+WINDOW = 256
+EXACT = 1e-5
+DECODED = 12
+
+
+def verify(
+    parent: Path, target: Path, text: Path | None = None, exact: bool = False
+) -> dict[str, Any]:
+    """Compare `target` with `parent` and measure its routers; a JSON-ready record.
+
+    Both models are held in memory in float32. `text` is a text file that neither was fitted on;
+    without one, the Python documentation serves.
+    """
+    dense, routed = (load(folder) for folder in (parent, target))
+    ids, name = windows(parent, text, dense.config.vocab_size)
+    record: dict[str, Any] = {"text": name, "windows": list(ids.shape), "dtype": "float32"}
+    record |= compare(dense, routed, ids)
+    record |= {"long": _long_window(dense, routed, ids)}
+    record |= {"decoding": decoding_difference(routed, ids[:1, :64])}
+    del dense
+    record |= measure_routing(routed, ids)
+    record["gradients"] = router_gradients(routed, ids[:2])
+    if exact:
+        passes = record["relative_difference"] <= EXACT
+        record |= {"status": "pass" if passes else "fail", "bound": EXACT}
+    else:
+        record["status"] = "measured"
+    return record
+
+
+def load(folder: Path) -> PreTrainedModel:
+    """A model folder in float32. Raises UserError where its keys and the model's differ."""
+    model, info = AutoModelForCausalLM.from_pretrained(
+        folder, dtype=torch.float32, output_loading_info=True, trust_remote_code=False
+    )
+    for kind in ("missing_keys", "unexpected_keys", "mismatched_keys"):
+        if info[kind]:
+            raise UserError(
+                f"{folder}: {kind.replace('_', ' ')}: {sorted(map(str, info[kind]))[:5]}"
+            )
+    return model.eval()
+
+
+def windows(folder: Path, text: Path | None, vocab_size: int) -> tuple[Tensor, str]:
+    """Token ids [windows, length] spread over the text, and what the text was."""
+    content, name = default_text() if text is None else (_read(text), text.name)
+    tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
+    ids = tokenizer(content[: 16 * WINDOWS * WINDOW], add_special_tokens=False)["input_ids"]
+    length = min(WINDOW, len(ids) // WINDOWS)
+    if length < 16:
+        raise UserError(f"{name} gives {len(ids)} tokens; at least {16 * WINDOWS} are needed.")
+    tensor = torch.tensor(ids[: WINDOWS * length]).view(WINDOWS, length)
+    if int(tensor.max()) >= vocab_size:
+        raise UserError(
+            f"the tokenizer of {folder} gives token {int(tensor.max())}, the model has "
+            f"{vocab_size}: they do not belong together."
+        )
+    return tensor, name
+
+
+def default_text() -> tuple[str, str]:
+    """The reference documentation that every Python carries."""
+    try:
+        from pydoc_data.topics import topics
+    except ImportError:
+        raise UserError(
+            "this Python has no documentation to verify on. Give a text file with --text, or "
+            "--no-verify."
+        ) from None
+    return "\n\n".join(topics[key] for key in sorted(topics)), "Python documentation"
+
+
+def _read(path: Path) -> str:
+    try:
+        return path.read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        raise UserError(f"--text {path} cannot be read: {error}") from error
+
+
+@torch.no_grad()
+def compare(dense: PreTrainedModel, routed: PreTrainedModel, ids: Tensor) -> dict[str, Any]:
+    """Differences of logits, agreement of the most likely token, perplexity of both."""
+    difference = norm = largest = agree = 0.0
+    losses = {"parent": 0.0, "converted": 0.0}
+    for window in ids:
+        expected, actual = (m(window[None], use_cache=False).logits[0] for m in (dense, routed))
+        difference += (actual - expected).double().square().sum().item()
+        norm += expected.double().square().sum().item()
+        largest = max(largest, (actual - expected).abs().max().item())
+        agree += (actual.argmax(-1) == expected.argmax(-1)).float().mean().item()
+        for key, logits in (("parent", expected), ("converted", actual)):
+            losses[key] += F.cross_entropy(logits[:-1], window[1:]).item()
+    count = len(ids)
+    return {
+        "maximum_difference": largest,
+        "relative_difference": math.sqrt(difference / norm),
+        "argmax_agreement": agree / count,
+        "perplexity": {key: math.exp(loss / count) for key, loss in losses.items()},
+    }
+
+
+@torch.no_grad()
+def _long_window(
+    dense: PreTrainedModel, routed: PreTrainedModel, ids: Tensor
+) -> dict[str, Any] | None:
+    """The same comparison at positions past the original context, where a lost rope scaling shows.
+
+    None for models without rope scaling; positions are shifted, so the cost stays that of a window.
+    """
+    rope = dense.config.rope_parameters
+    if rope.get("rope_type", "default") == "default":
+        return None
+    original = rope.get("original_max_position_embeddings") or dense.config.max_position_embeddings
+    positions = torch.arange(ids.shape[1])[None] * max(1, 2 * original // ids.shape[1])
+    expected, actual = (
+        m(ids[:1], position_ids=positions, attention_mask=torch.ones_like(ids[:1])).logits
+        for m in (dense, routed)
+    )
+    relative = ((actual - expected).norm() / expected.norm()).item()
+    return {"last_position": int(positions.max()), "relative_difference": relative}
+
+
+@torch.no_grad()
+def decoding_difference(routed: PreTrainedModel, ids: Tensor) -> dict[str, Any]:
+    """Relative difference of the last logits between decoding with a cache and one pass."""
+    whole = routed(ids, use_cache=False).logits[:, -DECODED:]
+    step = routed(ids[:, :-DECODED], use_cache=True)
+    pieces = []
+    for token in ids[:, -DECODED:].T:
+        step = routed(token[:, None], past_key_values=step.past_key_values, use_cache=True)
+        pieces.append(step.logits)
+    relative = ((torch.cat(pieces, 1) - whole).norm() / whole.norm()).item()
+    return {"tokens": DECODED, "relative_difference": relative}
+
+
+@torch.no_grad()
+def measure_routing(routed: PreTrainedModel, ids: Tensor) -> dict[str, Any]:
+    """Load of every router: most loaded part over the mean, dead share, entropy over its maximum."""
+    if not isinstance(routed, RoutedLlamaForCausalLM):
+        return {}
+    sums: dict[tuple[int, str], list[Tensor]] = {}
+    for window in ids:
+        routing = routed(window[None], use_cache=False).routing
+        for layer, parts in enumerate(routing):
+            for part, load in zip(parts._fields, parts, strict=True):
+                if load is not None:
+                    values = [load.counts, load.entropy, load.tokens]
+                    earlier = sums.get((layer, part))
+                    pairs = zip(earlier, values, strict=True) if earlier else None
+                    sums[layer, part] = [a + b for a, b in pairs] if pairs else values
+    loads = []
+    for (layer, part), (counts, entropy, tokens) in sorted(sums.items()):
+        even = math.log(len(counts)) if len(counts) > 1 else 1.0
+        loads.append(
+            {
+                "layer": layer,
+                "part": part,
+                "max_over_mean": (counts.max() / counts.mean()).item(),
+                "dead_share": (counts == 0).float().mean().item(),
+                "entropy_share": (entropy / tokens).item() / even,
+            }
+        )
+    return {"loads": loads}
+
+
+def router_gradients(routed: PreTrainedModel, ids: Tensor) -> list[dict[str, Any]]:
+    """Norm of each router's gradient, from the language loss and from the routers' own losses.
+
+    A parameter-free router acts through q_proj: its share is what is left of that gradient when
+    the gradient without the gate is taken away. Identical experts give the language loss nothing
+    to choose by, so there the balance loss alone must reach the router.
+    """
+    if not isinstance(routed, RoutedLlamaForCausalLM):
+        return []
+    names = [n for n, _ in routed.named_parameters() if ".router." in n]
+    quiet = [
+        f"model.layers.{i}.self_attn.q_proj.weight"
+        for i in range(routed.config.num_hidden_layers)
+        if routed.config.attention_spec(i).kind == "moh"
+        and routed.config.attention_spec(i).router == "qnorm"
+    ]
+    language, own = (_gradients(routed, ids, names + quiet, kind) for kind in ("language", "own"))
+    detached = _gradients(routed, ids, quiet, "language", detach=True) if quiet else {}
+    records = []
+    for name in names + quiet:
+        reach = language[name] - detached[name] if name in detached else language[name]
+        records.append(
+            {"parameter": name, "language": reach.norm().item(), "own": own[name].norm().item()}
+        )
+    return records
+
+
+def _gradients(
+    routed: RoutedLlamaForCausalLM, ids: Tensor, names: list[str], loss: str, detach: bool = False
+) -> dict[str, Tensor]:
+    from moe.model import router
+
+    parameters = [routed.get_parameter(n) for n in names]
+    through = router.straight_through
+    if detach:
+        router.straight_through = lambda mask, probability: mask
+    try:
+        output = routed(ids, labels=ids, use_cache=False)
+        # without coefficients: a zero coefficient must not hide a router that works
+        unweighted = [load.balance for r in output.routing for load in r if load is not None]
+        total = output.loss if loss == "language" else torch.stack(unweighted).sum()
+        found = torch.autograd.grad(total, parameters, allow_unused=True)
+    finally:
+        router.straight_through = through
+    return {
+        n: torch.zeros(()) if g is None else g.detach() for n, g in zip(names, found, strict=True)
+    }
+
+
+def summary(record: dict[str, Any]) -> str:
+    """A verification in a few lines for people."""
+    perplexity = record["perplexity"]
+    status = {"pass": "preserved", "fail": "NOT preserved", "measured": "measured, nothing claimed"}
+    lines = [
+        f"verified on {record['text']}, {record['windows'][0]} × {record['windows'][1]} tokens: "
+        f"{status[record['status']]}",
+        f"  relative logit difference {record['relative_difference']:.2e}, largest "
+        f"{record['maximum_difference']:.2e}, argmax agrees {record['argmax_agreement']:.1%}",
+        f"  perplexity: parent {perplexity['parent']:.3f}, converted {perplexity['converted']:.3f}",
+    ]
+    for part, noun in (("attention", "heads"), ("mlp", "experts")):
+        loads = [x for x in record.get("loads", []) if x["part"] == part]
+        if loads:
+            worst = max(x["max_over_mean"] for x in loads)
+            dead = sum(x["dead_share"] for x in loads) / len(loads)
+            lines.append(f"  {noun}: load max/mean at most {worst:.2f}, dead {dead:.1%}")
+    if gradients := record["gradients"]:
+        reached = sum(g["language"] > 0 or g["own"] > 0 for g in gradients)
+        lines.append(f"  a gradient reaches {reached} of {len(gradients)} router parameters")
+    return "\n".join(lines)
