@@ -1,3 +1,3 @@
-"""moe-stack: upcycle dense checkpoints into mixtures, prove the conversion, train, evaluate, tune."""
+"""moe-stack: dense checkpoints upcycled into mixtures, proved, trained and evaluated."""
 
 __version__ = "0.1.0"

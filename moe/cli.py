@@ -1,12 +1,12 @@
-"""The `moe` command: parse, call, print. Everything heavy is imported inside the commands.
+"""The `moe` command: each subcommand lives in its room and is imported only when it is called.
 
 Exit codes: 0 done, 2 the request is wrong, 3 data is damaged, 85 preempted (start again to go on).
 """
 
-import json
+import importlib
 import os
 import sys
-from typing import Annotated, Any
+from typing import Annotated
 
 import typer
 
@@ -22,7 +22,10 @@ app = typer.Typer(
     context_settings={"help_option_names": ["-h", "--help"]},
 )
 
-Json = Annotated[bool, typer.Option("--json", help="Print one JSON object for machines.")]
+# name: (module that holds a typer application called `app`, one line of help)
+COMMANDS = {
+    "upcycle": ("moe.upcycle.command", "Turn a dense checkpoint into a mixture and prove it."),
+}
 
 
 def _print_version(wanted: bool) -> None:
@@ -40,13 +43,32 @@ def _options(
     pass
 
 
-def _emit(result: dict[str, Any], text: str, as_json: bool) -> None:
-    """Print a command's result: one JSON object, or text for people."""
-    print(json.dumps(result) if as_json else text)
+def _register(name: str, module: str, help_line: str) -> None:
+    """A command that hands its arguments to another application, imported at that moment."""
+
+    def run(context: typer.Context) -> None:
+        # standalone_mode would end the process inside; here errors must reach main()
+        code = importlib.import_module(module).app(
+            context.args, prog_name=f"moe {name}", standalone_mode=False
+        )
+        if isinstance(code, int) and code:
+            raise typer.Exit(code)
+
+    app.command(
+        name,
+        help=help_line,
+        add_help_option=False,
+        context_settings={"ignore_unknown_options": True, "allow_extra_args": True},
+    )(run)
+
+
+for _name, (_module, _help) in COMMANDS.items():
+    _register(_name, _module, _help)
 
 
 def main() -> None:
     """Run the command; end our own errors in one line and their exit code."""
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")  # we fork workers
     try:
         app()
     except MoeError as error:

@@ -139,7 +139,7 @@ def draw(key: str, start: int, stop: int) -> Tensor:
     """
     pieces = []
     for block in range(start // DRAW_BLOCK, -(-stop // DRAW_BLOCK)):
-        seed = xxhash.xxh3_64_intdigest(f"{key}/{block}") >> 1  # torch seeds are signed
+        seed = xxhash.xxh3_64_intdigest(f"{key}/{block}".encode()) >> 1  # torch seeds are signed
         numbers = torch.randn(DRAW_BLOCK, generator=torch.Generator().manual_seed(seed))
         first = block * DRAW_BLOCK
         pieces.append(numbers[max(start - first, 0) : stop - first])

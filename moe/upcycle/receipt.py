@@ -14,9 +14,18 @@ import xxhash
 
 from moe.errors import Corrupt
 from moe.upcycle.expression import num_columns, num_rows
-from moe.upcycle.source import StoredTensor, blocks, hash_file, read_header, read_rows, weight_files
+from moe.upcycle.source import (
+    StoredTensor,
+    blocks,
+    bytes_of,
+    hash_file,
+    read_header,
+    read_rows,
+    weight_files,
+)
 
 NAME = "receipt.json"
+JOURNAL = "journal.json"  # of a folder under construction
 
 
 @dataclass(kw_only=True, slots=True)
@@ -70,13 +79,15 @@ def hash_tensor(tensor: StoredTensor) -> str:
     digest = xxhash.xxh3_128()
     columns = num_columns(tensor.shape)
     for start, stop in blocks(num_rows(tensor.shape), columns, tensor.dtype):
-        digest.update(read_rows(tensor, start, stop).view(torch.uint8).numpy())
+        digest.update(bytes_of(read_rows(tensor, start, stop)))
     return digest.hexdigest()
 
 
 def seal(folder: Path, receipt: Receipt) -> None:
     """Fill in the hash of every file and tensor not yet in the receipt, and write it."""
-    for path in sorted(p for p in folder.iterdir() if p.is_file() and p.name != NAME):
+    for path in sorted(
+        p for p in folder.iterdir() if p.is_file() and p.name not in (NAME, JOURNAL)
+    ):
         if path.name not in receipt.files:
             receipt.files[path.name] = {"xxh3": hash_file(path), "bytes": path.stat().st_size}
     for file in weight_files(folder):

@@ -178,6 +178,11 @@ def read_rows(tensor: StoredTensor, start: int, stop: int) -> Tensor:
     return block
 
 
+def bytes_of(block: Tensor) -> memoryview:
+    """The bytes of a block as they are stored."""
+    return memoryview(block.contiguous().view(torch.uint8).numpy().data)
+
+
 def block_rows(columns: int, dtype: torch.dtype) -> int:
     """Rows of one block: as many as fit BLOCK_BYTES, at least one."""
     return max(1, BLOCK_BYTES // max(1, columns * dtype.itemsize))

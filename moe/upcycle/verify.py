@@ -50,7 +50,9 @@ def verify(
 
 def load(folder: Path) -> PreTrainedModel:
     """A model folder in float32. Raises UserError where its keys and the model's differ."""
-    model, info = AutoModelForCausalLM.from_pretrained(
+    model: PreTrainedModel
+    info: dict[str, Any]
+    model, info = AutoModelForCausalLM.from_pretrained(  # type: ignore[misc]
         folder, dtype=torch.float32, output_loading_info=True, trust_remote_code=False
     )
     for kind in ("missing_keys", "unexpected_keys", "mismatched_keys"):
@@ -155,7 +157,7 @@ def decoding_difference(routed: PreTrainedModel, ids: Tensor) -> dict[str, Any]:
 
 @torch.no_grad()
 def measure_routing(routed: PreTrainedModel, ids: Tensor) -> dict[str, Any]:
-    """Load of every router: most loaded part over the mean, dead share, entropy over its maximum."""
+    """Load of every router: largest over mean, dead share, entropy as a share of its maximum."""
     if not isinstance(routed, RoutedLlamaForCausalLM):
         return {}
     sums: dict[tuple[int, str], list[Tensor]] = {}

@@ -22,20 +22,20 @@ import xxhash
 from moe.errors import UserError
 from moe.progress import Progress
 from moe.upcycle.expression import Expression, Read, num_columns, num_rows
-from moe.upcycle.receipt import describe, hash_tensor
+from moe.upcycle.receipt import JOURNAL, describe, hash_tensor
 from moe.upcycle.source import (
     CODES,
     INDEX,
     PICKLES,
     Source,
     blocks,
+    bytes_of,
     hash_file,
     read_header,
     sync,
 )
 
 SHARD_BYTES = 4 * 2**30
-JOURNAL = "journal.json"
 NOT_COPIED = {*PICKLES, ".safetensors", ".gguf", ".h5", ".msgpack", ".onnx", ".py"}
 OWN_FILES = {"config.json", "receipt.json", INDEX, JOURNAL}
 
@@ -231,8 +231,8 @@ def disk_errors(staging: Staging) -> Iterator[None]:
     except OSError as error:
         if error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES):
             raise UserError(
-                f"{staging.folder}: {error.strerror.lower()}. Nothing was published; run the same "
-                "command again when there is room, and it goes on with the next file."
+                f"{staging.folder}: {os.strerror(error.errno).lower()}. Nothing was published; run "
+                "the same command again when there is room, and it goes on with the next file."
             ) from error
         raise
 
@@ -240,15 +240,16 @@ def disk_errors(staging: Staging) -> Iterator[None]:
 def write_shard(
     path: Path, tensors: dict[str, Expression], progress: Progress
 ) -> tuple[dict[str, Any], dict[str, dict[str, Any]]]:
-    """One safetensors file from expressions, block by block; returns its and its tensors' hashes."""
-    header, offset = {"__metadata__": {"format": "pt"}}, 0
+    """One safetensors file from expressions, block by block; returns its hash and its tensors'."""
+    header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
+    offset = 0
     for name, e in tensors.items():
         size = size_of(e)
         header[name] = {
             "dtype": CODES[e.dtype],
             "shape": list(e.shape),
             "data_offsets": [offset, offset + size],
-        }  # type: ignore[assignment]
+        }
         offset += size
     text = json.dumps(header, separators=(",", ":")).encode()
     text += b" " * (-len(text) % 8)
@@ -260,8 +261,8 @@ def write_shard(
         for name, e in tensors.items():
             own = xxhash.xxh3_128()
             for first, last in blocks(num_rows(e.shape), num_columns(e.shape), e.dtype):
-                data = e.rows(first, last).contiguous().view(torch.uint8).numpy()
-                file.write(data)  # type: ignore[arg-type]
+                data = bytes_of(e.rows(first, last))
+                file.write(data)
                 digest.update(data)
                 own.update(data)
                 progress.advance(data.nbytes)
@@ -313,4 +314,4 @@ def copy_side_files(source: Path, target: Path) -> None:
 
 def fingerprint(value: Any) -> str:
     """A hash of anything that JSON can hold."""
-    return xxhash.xxh3_128_hexdigest(json.dumps(value, sort_keys=True, default=str))
+    return xxhash.xxh3_128_hexdigest(json.dumps(value, sort_keys=True, default=str).encode())
