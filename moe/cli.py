@@ -24,6 +24,7 @@ app = typer.Typer(
 
 # name: (module that holds a typer application called `app`, one line of help)
 COMMANDS = {
+    "import": ("moe.hf.command", "GGUF file, folder or hub id to a folder of safetensors."),
     "upcycle": ("moe.upcycle.command", "Turn a dense checkpoint into a mixture and prove it."),
 }
 
@@ -69,6 +70,7 @@ for _name, (_module, _help) in COMMANDS.items():
 def main() -> None:
     """Run the command; end our own errors in one line and their exit code."""
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")  # we fork workers
+    os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
     try:
         app()
     except MoeError as error:

@@ -70,6 +70,14 @@ class Progress:
         return f"{value:,.0f} {self.unit}"
 
 
+def quiet_libraries() -> None:
+    """Keep transformers' own bars out of a log; on a terminal they stay."""
+    import transformers
+
+    if not sys.stderr.isatty():
+        transformers.logging.disable_progress_bar()
+
+
 def duration(seconds: float) -> str:
     """1:02:03, 4:05 or 6.7 s."""
     if seconds < 60:

@@ -16,6 +16,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
 import moe.model  # noqa: F401  (registers RoutedLlama)
 from moe.errors import UserError
 from moe.model import RoutedLlamaForCausalLM
+from moe.progress import quiet_libraries
 
 WINDOWS = 8
 WINDOW = 256
@@ -31,6 +32,7 @@ def verify(
     Both models are held in memory in float32. `text` is a text file that neither was fitted on;
     without one, the Python documentation serves.
     """
+    quiet_libraries()
     dense, routed = (load(folder) for folder in (parent, target))
     ids, name = windows(parent, text, dense.config.vocab_size)
     record: dict[str, Any] = {"text": name, "windows": list(ids.shape), "dtype": "float32"}

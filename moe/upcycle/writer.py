@@ -171,6 +171,10 @@ class Staging:
             return False
         return hash_file(path) == entry["xxh3"]
 
+    def discard(self) -> None:
+        """Remove the folder under construction."""
+        shutil.rmtree(self.folder, ignore_errors=True)
+
     def publish(self) -> None:
         """Make the finished folder appear under its name, safely on disk."""
         (self.folder / JOURNAL).unlink(missing_ok=True)

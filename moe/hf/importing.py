@@ -1,0 +1,145 @@
+"""A GGUF file, a model folder or a hub id as a folder of safetensors with a receipt.
+
+import_model("SmolLM2-135M-Instruct.Q4_1.gguf", Path("smollm2"), dtype=None)
+"""
+
+import json
+import time
+from pathlib import Path
+from typing import Any
+
+import numpy
+import torch
+from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedConfig, PreTrainedModel
+
+from moe.errors import UserError
+from moe.hf.families import routed_config
+from moe.progress import quiet_libraries
+from moe.upcycle import writer
+from moe.upcycle.expression import Read
+from moe.upcycle.receipt import Receipt, seal, versions
+from moe.upcycle.source import Source, hash_file
+
+
+def import_model(source: str, out: Path, dtype: torch.dtype | None = None) -> Receipt:
+    """Bring `source` to `out`. A GGUF file is dequantised, into float32 unless told otherwise.
+
+    Raises UserError where it is no LLaMA-like model or cannot be read, Corrupt where damaged.
+    """
+    path = Path(source)
+    if path.is_file():
+        if path.suffix != ".gguf":
+            raise UserError(
+                f"{path}: only GGUF files and folders of safetensors are read. Pickled weights can "
+                "run code when loaded: convert them where you trust them, with save_pretrained."
+            )
+        return _import_gguf(path, out, dtype or torch.float32)
+    return _import_folder(path if path.is_dir() else _download(source), source, out, dtype)
+
+
+def _import_gguf(path: Path, out: Path, dtype: torch.dtype) -> Receipt:
+    step = _step(str(path), {path.name: path}, dtype)
+    staging = writer.Staging(out, writer.fingerprint({**step, "created": None}))
+    staging.open()
+    quiet_libraries()
+    try:
+        model: PreTrainedModel = AutoModelForCausalLM.from_pretrained(
+            path.parent, gguf_file=path.name, dtype=dtype, trust_remote_code=False
+        )
+        tokenizer = AutoTokenizer.from_pretrained(path.parent, gguf_file=path.name)
+    except Exception as error:  # the GGUF readers raise what they like over a bad file
+        staging.discard()
+        reason = str(error).strip().split("\n")[0]
+        raise UserError(f"{path} cannot be read as a GGUF model: {reason}") from error
+    # the tensors are plain by now, but the config still says they are quantised
+    del model.config.quantization_config
+    model.hf_quantizer = None  # type: ignore[assignment]
+    _shorten_floats(model.config)
+    routed_config(model.config)  # says what stands in the way, if anything
+    with writer.disk_errors(staging):
+        model.save_pretrained(staging.folder, max_shard_size=writer.SHARD_BYTES)
+        tokenizer.save_pretrained(staging.folder)
+        return _publish(staging, step)
+
+
+def _import_folder(folder: Path, name: str, out: Path, dtype: torch.dtype | None) -> Receipt:
+    source = Source.open(folder)
+    routed_config(source.config)
+    step = _step(name, {n: folder / n for n in ("config.json", *source.files)}, dtype)
+    staging = writer.Staging(out, writer.fingerprint({**step, "created": None}))
+    staging.open()
+    plan = writer.cast({n: Read(t) for n, t in source.tensors.items()}, dtype)
+    written = writer.write_weights(plan, [source], staging)
+    with writer.disk_errors(staging):
+        writer.copy_side_files(folder, staging.folder)
+        config = json.loads((folder / "config.json").read_text())
+        if dtype is not None:
+            config["dtype"] = str(dtype).removeprefix("torch.")
+        (staging.folder / "config.json").write_text(json.dumps(config, indent=2) + "\n")
+        return _publish(staging, step, written)
+
+
+def _publish(
+    staging: writer.Staging, step: dict[str, Any], written: writer.Written | None = None
+) -> Receipt:
+    write_both_ropes(staging.folder / "config.json")
+    receipt = Receipt(steps=[step])
+    if written is not None:
+        receipt.files, receipt.tensors = written.files, written.tensors
+    seal(staging.folder, receipt)
+    staging.publish()
+    return receipt
+
+
+def _step(name: str, files: dict[str, Path], dtype: torch.dtype | None) -> dict[str, Any]:
+    return {
+        "recipe": "import",
+        "options": {"dtype": str(dtype).removeprefix("torch.") if dtype else None},
+        "versions": versions(),
+        "sources": [
+            {
+                "path": name,
+                "files": {
+                    n: {"xxh3": hash_file(p), "bytes": p.stat().st_size} for n, p in files.items()
+                },
+            }
+        ],
+        "created": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
+    }
+
+
+def _shorten_floats(config: PreTrainedConfig) -> None:
+    """GGUF stores float32: write 1e-05 again instead of 9.999999747378752e-06."""
+    for name, value in config.to_dict().items():
+        if isinstance(value, float):
+            setattr(config, name, float(str(numpy.float32(value))))
+
+
+def write_both_ropes(path: Path) -> None:
+    """Spell the rope settings in the way of transformers 4 too.
+
+    Readers of the old spelling fall back on theta 10000 without a word when it is not there.
+    """
+    config = json.loads(path.read_text())
+    rope = config.get("rope_parameters")
+    if isinstance(rope, dict) and "rope_theta" in rope:
+        config["rope_theta"] = rope["rope_theta"]
+        scaling = {k: v for k, v in rope.items() if k != "rope_theta"}
+        config["rope_scaling"] = None if rope.get("rope_type") == "default" else scaling
+        path.write_text(json.dumps(config, indent=2) + "\n")
+
+
+def _download(name: str) -> Path:
+    from huggingface_hub import snapshot_download
+    from huggingface_hub.errors import HFValidationError
+
+    patterns = ["*.safetensors", "*.json", "*.model", "*.jinja", "*.txt"]
+    try:
+        return Path(snapshot_download(name, allow_patterns=patterns))
+    except HFValidationError as error:
+        raise UserError(f"{name}: no such file or folder, and not a hub id.") from error
+    except Exception as error:  # no network, no such repository, no access
+        reason = str(error).strip().split("\n")[0]
+        raise UserError(
+            f"{name}: no such file or folder, and the hub did not give it: {reason}"
+        ) from error
