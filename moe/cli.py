@@ -26,6 +26,8 @@ app = typer.Typer(
 COMMANDS = {
     "import": ("moe.hf.command", "GGUF file, folder or hub id to a folder of safetensors."),
     "upcycle": ("moe.upcycle.command", "Turn a dense checkpoint into a mixture and prove it."),
+    "inspect": ("moe.hf.inspect_command", "Architecture, parameters, routing and receipt."),
+    "verify": ("moe.upcycle.verify_command", "Whether a folder still is what was written."),
 }
 
 

@@ -1,0 +1,91 @@
+"""What a model folder is, from its config and receipt alone: no weights are read."""
+
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+from transformers import AutoConfig
+
+import moe.model  # noqa: F401  (registers RoutedLlama)
+from moe.errors import UserError
+from moe.hf.families import routed_config
+from moe.model import RoutedLlamaConfig
+from moe.model.accounting import parameter_counts
+from moe.upcycle.receipt import Receipt
+
+
+def inspect(folder: Path) -> dict[str, Any]:
+    """Architecture, parameters, the routing of each layer, and the receipt, ready for JSON."""
+    if not (folder / "config.json").is_file():
+        raise UserError(f"{folder} has no config.json: it is not a model folder.")
+    source = AutoConfig.from_pretrained(folder, trust_remote_code=False)
+    config = routed_config(source)
+    total, active = parameter_counts(config)
+    receipt = Receipt.read(folder)
+    return {
+        "model_type": source.model_type,
+        "total_parameters": total,
+        "active_parameters": active,
+        "layers": [_layer(config, i) for i in range(config.num_hidden_layers)],
+        "receipt": asdict(receipt) if receipt else None,
+    }
+
+
+def _layer(config: RoutedLlamaConfig, index: int) -> dict[str, Any]:
+    attention, mlp = config.attention_spec(index), config.mlp_spec(index)
+    grouped = attention.granularity == "kv_group"
+    units = config.num_key_value_heads if grouped else config.num_attention_heads
+    routed = attention.kind != "dense"
+    return {
+        "attention": {
+            "kind": attention.kind,
+            "experts": units if routed else config.num_attention_heads,
+            "top_k": attention.top_k if routed else config.num_attention_heads,
+            "shared": len(attention.shared_heads) if routed else 0,
+        },
+        "mlp": {
+            "kind": mlp.kind,
+            "experts": mlp.num_experts if mlp.kind != "dense" else 1,
+            "top_k": mlp.top_k if mlp.kind != "dense" else 1,
+        },
+    }
+
+
+def describe(folder: Path, found: dict[str, Any]) -> str:
+    """The same for people: equal layers on one line, the receipt's steps in order."""
+    total, active = found["total_parameters"], found["active_parameters"]
+    lines = [
+        f"{folder}: {found['model_type']}, {total / 1e6:.1f} M parameters, "
+        f"{active / 1e6:.1f} M active per token ({active / total:.0%})"
+    ]
+    start = 0
+    layers = found["layers"]
+    for index in range(1, len(layers) + 1):
+        if index == len(layers) or layers[index] != layers[start]:
+            span = f"{start}" if index == start + 1 else f"{start}-{index - 1}"
+            lines.append(f"  layers {span:>7}: {_describe_layer(layers[start])}")
+            start = index
+    receipt = found["receipt"]
+    if receipt is None:
+        return "\n".join([*lines, "  no receipt"])
+    for number, step in enumerate(receipt["steps"], 1):
+        options = ", ".join(f"{k}={v}" for k, v in step["options"].items() if v is not None)
+        lines.append(f"  step {number}: {step['recipe']} ({options})")
+    if verified := receipt["verification"]:
+        difference = verified["relative_difference"]
+        lines.append(f"  verification: {verified['status']}, relative difference {difference:.1e}")
+    return "\n".join(lines)
+
+
+def _describe_layer(layer: dict[str, Any]) -> str:
+    attention, mlp = layer["attention"], layer["mlp"]
+    heads = f"dense attention, {attention['experts']} heads"
+    if attention["kind"] != "dense":
+        heads = (
+            f"{attention['kind']}, {attention['shared']} shared + {attention['top_k']} routed of "
+            f"{attention['experts']}"
+        )
+    experts = "dense MLP"
+    if mlp["kind"] != "dense":
+        experts = f"{mlp['kind']}, {mlp['top_k']} of {mlp['experts']} experts"
+    return f"{heads}; {experts}"

@@ -1,0 +1,35 @@
+"""`moe verify`: whether a folder still is what was written."""
+
+import json
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from moe.errors import Corrupt, UserError
+from moe.upcycle.receipt import NAME, check
+
+app = typer.Typer(add_completion=False)
+
+
+@app.command()
+def run(
+    path: Annotated[Path, typer.Argument(help="Model folder or training checkpoint.")],
+    as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object.")] = False,
+) -> None:
+    """Check hashes, shapes and finiteness. Exit 3 where something is damaged."""
+    if not path.is_dir():
+        raise UserError(f"{path} is not a folder.")
+    if (path / "manifest.json").is_file():
+        from moe.checkpoint.store import check as check_checkpoint
+
+        problems, against = check_checkpoint(path), "manifest.json"
+    else:
+        problems = check(path)
+        against = NAME if (path / NAME).is_file() else "their headers alone (there is no receipt)"
+    if as_json:
+        typer.echo(json.dumps({"path": str(path), "sound": not problems, "problems": problems}))
+        raise typer.Exit(3 if problems else 0)
+    if problems:
+        raise Corrupt("\n".join(problems))
+    typer.echo(f"{path}: sound, checked against {against}")
