@@ -1,0 +1,1 @@
+"""Training checkpoints: `step-N/` folders with a manifest, read on any number of ranks."""

@@ -1,0 +1,238 @@
+"""The run configuration: one YAML file, any key overridden as `a.b=value`, all mistakes at once.
+
+config = load(Path("configs/train/demo.yaml"), ["train.steps=20", "optimizer.lr=1e-4"])
+"""
+
+import difflib
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, Literal
+
+import yaml
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+
+from moe.errors import UserError
+
+
+class Section(BaseModel):
+    """A part of the file: frozen, unknown keys refused."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True, use_attribute_docstrings=True)
+
+
+class Weighted(Section):
+    path: Path
+    """Prefix written by `moe data prepare`."""
+    weight: float = Field(1.0, gt=0)
+    """Share of the samples, relative to the other sources."""
+
+
+class Data(Section):
+    train: list[Weighted] = Field(min_length=1)
+    validation: list[Weighted] = []
+    sequence_length: int = Field(1024, gt=0)
+    document_boundaries: Literal["none", "positions", "attention"] = "none"
+    """positions restart at each document; attention does not cross documents either."""
+
+
+class Train(Section):
+    steps: int = Field(1000, gt=0)
+    global_batch_size: int = Field(64, gt=0)
+    """Sequences per optimiser step, over all ranks."""
+    micro_batch_size: int = Field(4, gt=0)
+    """Sequences per rank and forward pass."""
+    dtype: Literal["float32", "bfloat16"] = "bfloat16"
+    """Of the computation; weights and moments are kept in float32."""
+    clip: float | None = Field(1.0, gt=0)
+    """Largest global gradient norm; null for none."""
+    resume: str = "auto"
+    """auto: the newest checkpoint of `out`, if any; never; or a checkpoint folder."""
+    activation_checkpointing: Literal["none", "full"] = "none"
+    compile: bool = False
+    """torch.compile each layer."""
+    trainable: list[str] = ["*"]
+    """Parameters to train, as patterns: ["*.router.*"], ["*.experts.*"]; the rest is frozen."""
+    selection_bias_rate: float = Field(1e-3, ge=0)
+    """Step of the selection biases, for models that have them."""
+    log_every: int = Field(10, gt=0)
+
+
+class Optimizer(Section):
+    lr: float = Field(2e-5, gt=0)
+    betas: tuple[float, float] = (0.9, 0.95)
+    eps: float = Field(1e-8, gt=0)
+    weight_decay: float = Field(0.1, ge=0)
+    """On matrices only: norms and biases are not decayed."""
+
+
+class Schedule(Section):
+    kind: Literal["constant", "cosine", "linear", "wsd"] = "cosine"
+    warmup_steps: int = Field(50, ge=0)
+    decay_steps: int | None = Field(None, gt=0)
+    """Length of wsd's final decay; null: a fifth of the steps."""
+    final_ratio: float = Field(0.05, ge=0, le=1)
+    """Last learning rate over the largest."""
+
+
+class Parallel(Section):
+    replicate: int = Field(1, gt=0)
+    """Copies of the sharded model (HSDP)."""
+    shard: int = Field(-1, ge=-1)
+    """Ranks that share one copy; -1: all that are left."""
+
+
+class Checkpoint(Section):
+    every: int = Field(500, gt=0)
+    keep: int = Field(3, gt=0)
+    """Newest checkpoints to keep."""
+
+
+class Evaluation(Section):
+    every: int = Field(500, gt=0)
+    """Steps between validation losses, where data.validation is given."""
+    batches: int = Field(8, gt=0)
+    """Micro-batches per rank of the fixed validation set."""
+
+
+class RunConfig(Section):
+    """Everything a training run depends on besides the files it names."""
+
+    model: Path
+    out: Path
+    seed: int = 0
+    engine: Literal["native"] = "native"
+    data: Data
+    train: Train = Train()
+    optimizer: Optimizer = Optimizer()
+    schedule: Schedule = Schedule()
+    parallel: Parallel = Parallel()
+    checkpoint: Checkpoint = Checkpoint()
+    eval: Evaluation = Evaluation()
+
+    @model_validator(mode="after")
+    def _fits_together(self) -> "RunConfig":
+        train, schedule = self.train, self.schedule
+        if train.global_batch_size % train.micro_batch_size:
+            raise ValueError(
+                f"train.micro_batch_size={train.micro_batch_size} does not divide "
+                f"train.global_batch_size={train.global_batch_size}."
+            )
+        if schedule.warmup_steps > train.steps:
+            raise ValueError(
+                f"schedule.warmup_steps={schedule.warmup_steps} exceeds train.steps={train.steps}: "
+                "the run would end while warming up."
+            )
+        if schedule.decay_steps and schedule.kind != "wsd":
+            raise ValueError(f"schedule.decay_steps is for kind wsd, not {schedule.kind}.")
+        return self
+
+    def check_world(self, world_size: int) -> None:
+        """Raise UserError where the batch or the mesh does not fit `world_size` ranks."""
+        problems = []
+        per_pass = self.train.micro_batch_size * world_size
+        if self.train.global_batch_size % per_pass:
+            legal = [
+                m
+                for m in range(1, self.train.global_batch_size + 1)
+                if self.train.global_batch_size % (m * world_size) == 0
+            ]
+            problems.append(
+                f"train.global_batch_size={self.train.global_batch_size} is not a multiple of "
+                f"train.micro_batch_size={self.train.micro_batch_size} × {world_size} ranks. "
+                + (f"Legal micro batch sizes: {', '.join(map(str, legal))}." if legal else
+                   f"Use a multiple of {world_size}.")
+            )  # fmt: skip
+        replicate, shard = self.parallel.replicate, self.parallel.shard
+        if world_size % replicate or (shard > 0 and replicate * shard != world_size) or shard == 0:
+            problems.append(
+                f"parallel.replicate={replicate} × shard={shard} is not the {world_size} ranks "
+                "there are. Use shard -1, and a replicate that divides the ranks."
+            )
+        if problems:
+            raise UserError("\n".join(problems))
+
+    def to_yaml(self) -> str:
+        """The resolved configuration, every default spelled out."""
+        return yaml.safe_dump(self.model_dump(mode="json"), sort_keys=False)
+
+
+def load(path: Path, overrides: Sequence[str] = ()) -> RunConfig:
+    """Read a YAML file, apply `a.b=value` overrides (values in YAML), check everything.
+
+    Raises UserError with every problem found, one line each.
+    """
+    try:
+        values = yaml.safe_load(path.read_text()) or {}
+    except OSError as error:
+        raise UserError(f"{path} cannot be read: {error.strerror}.") from error
+    except yaml.YAMLError as error:
+        raise UserError(f"{path} is not YAML: {' '.join(str(error).split())}") from error
+    if not isinstance(values, dict):
+        raise UserError(f"{path} holds {type(values).__name__}, not keys with values.")
+    for override in overrides:
+        _override(values, override)
+    return parse(values, str(path))
+
+
+def _override(values: dict[str, Any], text: str) -> None:
+    key, equals, value = text.partition("=")
+    if not equals or not key:
+        raise UserError(f"{text!r} is not an override. Write key.path=value.")
+    *parents, last = key.split(".")
+    place = values
+    for parent in parents:
+        place = place.setdefault(parent, {})
+        if not isinstance(place, dict):
+            raise UserError(f"{text!r}: {parent} holds a value, not keys.")
+    try:
+        place[last] = _number(yaml.safe_load(value))
+    except yaml.YAMLError as error:
+        raise UserError(f"{text!r}: the value is not YAML.") from error
+
+
+def _number(value: Any) -> Any:
+    """YAML 1.1 reads 1e-4 as text, because it lacks the dot: nobody means text by it."""
+    if isinstance(value, dict):
+        return {k: _number(v) for k, v in value.items()}
+    if isinstance(value, str):
+        try:
+            return float(value)
+        except ValueError:
+            return value
+    return value
+
+
+def parse(values: dict[str, Any], name: str) -> RunConfig:
+    """A checked configuration from plain values; `name` is where they came from."""
+    try:
+        return RunConfig.model_validate(_number(values))
+    except ValidationError as error:
+        lines = [_explain(problem) for problem in error.errors()]
+        raise UserError(f"{name}: {len(lines)} problem(s)\n  " + "\n  ".join(lines)) from None
+
+
+def _explain(problem: Any) -> str:
+    place = ".".join(map(str, problem["loc"]))
+    if problem["type"] == "extra_forbidden":
+        known = _keys_beside(problem["loc"])
+        close = difflib.get_close_matches(str(problem["loc"][-1]), known, n=1)
+        hint = f"Did you mean `{close[0]}`?" if close else f"Known: {', '.join(known)}."
+        return f"{place} is not a key. {hint}"
+    if problem["type"] == "missing":
+        return f"{place} is missing."
+    message = problem["msg"].removeprefix("Value error, ")
+    if not place:
+        return message
+    return f"{place}={problem['input']!r}: {message[0].lower()}{message[1:]}."
+
+
+def _keys_beside(place: Sequence[int | str]) -> list[str]:
+    """The keys of the section that `place` lies in."""
+    section: Any = RunConfig
+    for part in place[:-1]:
+        if isinstance(part, str):
+            annotation = section.model_fields[part].annotation
+            section = next(
+                (a for a in getattr(annotation, "__args__", ()) if isinstance(a, type)), annotation
+            )
+    return list(section.model_fields)

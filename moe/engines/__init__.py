@@ -1,0 +1,14 @@
+"""Engines, each behind the protocol of `base`."""
+
+from transformers import PreTrainedModel
+
+from moe.config import RunConfig
+from moe.engines.base import Engine
+from moe.parallel.world import Ranks
+
+
+def build(model: PreTrainedModel, config: RunConfig, ranks: Ranks) -> Engine:
+    """The engine that the configuration names, around a model in float32 on the CPU."""
+    from moe.engines.native import NativeEngine
+
+    return NativeEngine(model, config, ranks)

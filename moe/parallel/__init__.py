@@ -1,0 +1,1 @@
+"""Ranks, meshes, and what is computed over them. Knows torch.distributed and no engine."""

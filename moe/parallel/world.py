@@ -1,0 +1,79 @@
+"""The ranks of a run: who we are, on which device, and the few collectives that training needs.
+
+with world() as ranks:        # torchrun's environment, or a single process
+    total = ranks.sum(count)
+"""
+
+import contextlib
+import os
+from collections.abc import Iterator
+from dataclasses import dataclass
+from datetime import timedelta
+from typing import Any
+
+import torch
+from torch import Tensor, distributed
+from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
+
+TIMEOUT = timedelta(minutes=30)
+
+
+@dataclass(frozen=True, slots=True)
+class Ranks:
+    """This process among its peers."""
+
+    rank: int
+    size: int
+    device: torch.device
+
+    def sum(self, tensor: Tensor) -> Tensor:
+        """Sum over all ranks, in place."""
+        if self.size > 1:
+            distributed.all_reduce(tensor)
+        return tensor
+
+    def gather(self, value: Any) -> list[Any]:
+        """The value of every rank, on every rank."""
+        if self.size == 1:
+            return [value]
+        values: list[Any] = [None] * self.size
+        distributed.all_gather_object(values, value)
+        return values
+
+    def barrier(self) -> None:
+        if self.size > 1:
+            distributed.barrier()
+
+    def mesh(self, replicate: int) -> DeviceMesh:
+        """Ranks as [replicate, shard]: copies of the model, and the ranks that share one."""
+        shape = (replicate, self.size // replicate)
+        return init_device_mesh(self.device.type, shape, mesh_dim_names=("replicate", "shard"))
+
+
+@contextlib.contextmanager
+def world() -> Iterator[Ranks]:
+    """Join the process group that torchrun describes; alone, make a group of one.
+
+    NCCL on GPUs, gloo on CPUs. The group of one lets a single process shard over itself, so that
+    one code path serves one process and many.
+    """
+    size, rank = int(os.environ.get("WORLD_SIZE", "1")), int(os.environ.get("RANK", "0"))
+    device = torch.device("cpu")
+    if torch.cuda.is_available():
+        device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0")))
+        torch.cuda.set_device(device)
+    joined = distributed.is_initialized()  # by a test harness, or an engine's own launcher
+    if not joined:
+        backend = "nccl" if device.type == "cuda" else "gloo"
+        if size > 1:
+            distributed.init_process_group(backend, timeout=TIMEOUT)
+        else:
+            store = distributed.HashStore()
+            distributed.init_process_group(backend, store=store, rank=0, world_size=1)
+    else:
+        size, rank = distributed.get_world_size(), distributed.get_rank()
+    try:
+        yield Ranks(rank, size, device)
+    finally:
+        if not joined:
+            distributed.destroy_process_group()
