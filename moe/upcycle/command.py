@@ -9,6 +9,7 @@ import torch
 import typer
 
 from moe.errors import Corrupt, UserError
+from moe.hf.importing import write_both_ropes
 from moe.model.accounting import parameter_counts
 from moe.upcycle import writer
 from moe.upcycle.receipt import Receipt, seal, versions
@@ -174,6 +175,7 @@ def execute(
     with writer.disk_errors(staging):
         writer.copy_side_files(source.folder, staging.folder)
         conversion.config.save_pretrained(staging.folder)
+        write_both_ropes(staging.folder / "config.json")
         if request.verify:
             parent, target = source.folder, staging.folder
             receipt.verification = verify(parent, target, request.text, conversion.exact)

@@ -85,11 +85,10 @@ def hash_tensor(tensor: StoredTensor) -> str:
 
 def seal(folder: Path, receipt: Receipt) -> None:
     """Fill in the hash of every file and tensor not yet in the receipt, and write it."""
-    for path in sorted(
-        p for p in folder.iterdir() if p.is_file() and p.name not in (NAME, JOURNAL)
-    ):
-        if path.name not in receipt.files:
-            receipt.files[path.name] = {"xxh3": hash_file(path), "bytes": path.stat().st_size}
+    for path in sorted(p for p in folder.rglob("*") if p.is_file()):
+        name = path.relative_to(folder).as_posix()
+        if name not in receipt.files and name not in (NAME, JOURNAL):
+            receipt.files[name] = {"xxh3": hash_file(path), "bytes": path.stat().st_size}
     for file in weight_files(folder):
         for name, tensor in read_header(file).items():
             if name not in receipt.tensors:
@@ -116,7 +115,7 @@ def check(folder: Path) -> list[str]:
             problems.append(f"{folder}: tensor {name} is in the receipt but in no file.")
     for name, entry in receipt.files.items():
         path = folder / name
-        if Path(name).name != name:
+        if Path(name).is_absolute() or ".." in Path(name).parts:
             problems.append(f"{folder / NAME}: {name!r} lies outside the folder.")
         elif not path.is_file():
             problems.append(f"{path}: missing.")

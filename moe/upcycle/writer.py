@@ -11,6 +11,7 @@ import json
 import math
 import os
 import shutil
+import sys
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -37,7 +38,9 @@ from moe.upcycle.source import (
 
 SHARD_BYTES = 4 * 2**30
 NOT_COPIED = {*PICKLES, ".safetensors", ".gguf", ".h5", ".msgpack", ".onnx", ".py"}
-OWN_FILES = {"config.json", "receipt.json", INDEX, JOURNAL}
+OWN_FILES = {"config.json", "receipt.json", JOURNAL}
+NEW_JOURNAL = JOURNAL + ".new"
+TEMPLATES = "additional_chat_templates"  # where transformers keeps all but the first
 
 Plan = dict[str, Expression]
 
@@ -140,25 +143,43 @@ class Staging:
         self.journal: dict[str, Any] = {"fingerprint": fingerprint, "files": {}, "tensors": {}}
 
     def open(self) -> bool:
-        """Prepare the folder; returns whether an earlier run of the same plan is continued."""
+        """Prepare the folder; returns whether an earlier run of the same plan is continued.
+
+        Another plan's unfinished folder is started over; one that no writer left is refused.
+        """
         if self.out.exists():
             raise UserError(f"{self.out} exists. Choose another --out, or remove it.")
-        self.out.parent.mkdir(parents=True, exist_ok=True)
-        if (self.folder / JOURNAL).is_file():
-            with contextlib.suppress(ValueError):
-                earlier = json.loads((self.folder / JOURNAL).read_text())
-                if earlier.get("fingerprint") == self.journal["fingerprint"]:
-                    self.journal = earlier
+        with disk_errors(self):
+            self.out.parent.mkdir(parents=True, exist_ok=True)
+            if self.folder.exists():
+                if self._continues():
                     return True
-        if self.folder.exists():
-            shutil.rmtree(self.folder)
-        self.folder.mkdir()
-        self.note()
+                shutil.rmtree(self.folder)
+            self.folder.mkdir()
+            self.note()
         return False
+
+    def _continues(self) -> bool:
+        """Whether the folder that is there holds the beginning of this very plan."""
+        if all(p.name == NEW_JOURNAL for p in self.folder.iterdir()):
+            return False  # killed before the first note
+        try:
+            earlier = json.loads((self.folder / JOURNAL).read_text())
+            begun = earlier["fingerprint"]
+        except (OSError, ValueError, LookupError, TypeError) as error:
+            raise UserError(
+                f"{self.folder} is in the way: the result would be built there, and it is not an "
+                "unfinished result. Choose another --out, or move it."
+            ) from error
+        if begun != self.journal["fingerprint"]:
+            print(f"{self.folder} was begun for something else: starting over", file=sys.stderr)
+            return False
+        self.journal = earlier
+        return True
 
     def note(self) -> None:
         """Save the journal, all of it or none."""
-        temporary = self.folder / (JOURNAL + ".new")
+        temporary = self.folder / NEW_JOURNAL
         temporary.write_text(json.dumps(self.journal))
         sync(temporary)
         temporary.replace(self.folder / JOURNAL)
@@ -177,13 +198,13 @@ class Staging:
 
     def publish(self) -> None:
         """Make the finished folder appear under its name, safely on disk."""
-        (self.folder / JOURNAL).unlink(missing_ok=True)
-        for path in self.folder.iterdir():
+        for path in self.folder.rglob("*"):
             sync(path)
         sync(self.folder)
         if self.out.exists():
             raise UserError(f"{self.out} appeared meanwhile; the result is in {self.folder}.")
         self.folder.rename(self.out)
+        (self.out / JOURNAL).unlink()  # last: until here it says whose folder this is
         sync(self.out.parent)
 
 
@@ -232,6 +253,8 @@ def disk_errors(staging: Staging) -> Iterator[None]:
     """A full or read-only disk in one line instead of a traceback."""
     try:
         yield
+    except (FileExistsError, NotADirectoryError) as error:
+        raise UserError(f"{staging.out}: {error.filename} is not a folder.") from error
     except OSError as error:
         if error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES):
             raise UserError(
@@ -310,10 +333,14 @@ def _write_index(path: Path, files: list[Shard], names: list[str]) -> None:
 
 
 def copy_side_files(source: Path, target: Path) -> None:
-    """Tokenizer, chat template, generation config, licence: all that is not weights or ours."""
-    for path in sorted(source.iterdir()):
+    """Tokenizer, chat templates, generation config, licence: all that is not weights or ours."""
+    for path in sorted([*source.iterdir(), *source.glob(f"{TEMPLATES}/*.jinja")]):
         if path.is_file() and path.suffix not in NOT_COPIED and path.name not in OWN_FILES:
-            shutil.copyfile(path, target / path.name)
+            if path.name.endswith(".index.json"):  # of weights in another format
+                continue
+            copy = target / path.relative_to(source)
+            copy.parent.mkdir(exist_ok=True)
+            shutil.copyfile(path, copy)
 
 
 def fingerprint(value: Any) -> str:

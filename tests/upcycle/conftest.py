@@ -1,0 +1,93 @@
+"""Dense checkpoints on disk with a tokenizer, and one call to upcycle them."""
+
+import shutil
+import string
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import tiny
+import torch
+from safetensors.torch import load_file
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+from transformers import PreTrainedTokenizerFast
+
+from moe.upcycle.command import Request, run
+from moe.upcycle.recipes import Recipe
+
+LETTERS = string.printable[:90]
+
+
+@pytest.fixture(scope="session")
+def dense(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path]:
+    """`dense("qwen3")`: a read-only folder with a tiny model of that family and a tokenizer."""
+    root = tmp_path_factory.mktemp("dense")
+
+    def folder(family: str) -> Path:
+        if not (path := root / family).exists():
+            tiny.dense_model(family).save_pretrained(path)
+            _tokenizer().save_pretrained(path)
+            (path / "chat_template.jinja").write_text("{{ messages[0]['content'] }}")
+        return path
+
+    return folder
+
+
+@pytest.fixture(scope="session")
+def sharded(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A Llama of several files, as large checkpoints come."""
+    path = tmp_path_factory.mktemp("sharded") / "llama"
+    tiny.dense_model("llama").save_pretrained(path, max_shard_size="60KB")
+    assert len(list(path.glob("*.safetensors"))) > 3
+    return path
+
+
+@pytest.fixture
+def source(dense: Callable[[str], Path], tmp_path: Path) -> Path:
+    """A private copy of the tiny Llama, to be damaged."""
+    return Path(shutil.copytree(dense("llama"), tmp_path / "source"))
+
+
+def _tokenizer() -> PreTrainedTokenizerFast:
+    vocabulary = {"<unk>": 0, "<s>": 1, "</s>": 2}
+    vocabulary |= {letter: i for i, letter in enumerate(LETTERS, start=3)}
+    tokenizer = Tokenizer(models.WordLevel(vocabulary, unk_token="<unk>"))
+    tokenizer.pre_tokenizer = pre_tokenizers.Split("", "isolated")
+    tokenizer.decoder = decoders.Fuse()
+    return PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer, unk_token="<unk>", bos_token="<s>", eos_token="</s>"
+    )
+
+
+@pytest.fixture(scope="session")
+def upcycle() -> Callable[..., Path]:
+    """`upcycle(recipe, source, out, seed=…)`: the command, unverified unless told otherwise."""
+
+    def call(recipe: Recipe, source: Path, out: Path, **options: Any) -> Path:
+        defaults: dict[str, Any] = {
+            "seed": 0,
+            "layers": None,
+            "dtype": None,
+            "text": None,
+            "verify": False,
+            "dry_run": False,
+            "as_json": False,
+        }
+        run(recipe, Request(source=source, out=out, **{**defaults, **options}))
+        return out
+
+    return call
+
+
+@pytest.fixture(scope="session")
+def weights() -> Callable[[Path], dict[str, torch.Tensor]]:
+    """Every tensor of a folder, read by the safetensors library."""
+
+    def read(folder: Path) -> dict[str, torch.Tensor]:
+        tensors: dict[str, torch.Tensor] = {}
+        for file in sorted(folder.glob("*.safetensors")):
+            tensors.update(load_file(file))
+        return tensors
+
+    return read
