@@ -1,7 +1,7 @@
 """Saving, finding and reading checkpoints: safetensors pieces, published by rename, never pickled.
 
     save(out, 100, entries, progress, gather, side_files)    # every rank calls it
-    with read(latest(out)) as checkpoint: checkpoint.load(entries)
+    with Reader(latest(out)) as checkpoint: checkpoint.load(entries)
     for name, tensor in weights(folder): ...                 # no process group needed
 
 Each rank writes the blocks it holds into one safetensors file. A tensor can be read back in any
@@ -166,7 +166,7 @@ def retain(out: Path, keep: int) -> None:
         shutil.rmtree(path)
 
 
-class read:  # noqa: N801  (used like open())
+class Reader:
     """An open checkpoint."""
 
     def __init__(self, folder: Path) -> None:
@@ -230,7 +230,8 @@ class read:  # noqa: N801  (used like open())
         for key, tensor in wanted.items():
             if tuple(tensor.shape) != stored[key].shape:
                 raise UserError(
-                    f"{self.folder}: {key} is {stored[key].shape}, the model's {tuple(tensor.shape)}."
+                    f"{self.folder}: {key} is {stored[key].shape}, "
+                    f"the model's {tuple(tensor.shape)}."
                 )
             local, offset, _ = _block(tensor, 0)
             if local.numel():
@@ -245,7 +246,7 @@ class read:  # noqa: N801  (used like open())
 
 def weights(folder: Path) -> Iterator[tuple[str, Tensor]]:
     """Parameters and buffers of a checkpoint under the model's names, whole, one at a time."""
-    with read(folder) as checkpoint:
+    with Reader(folder) as checkpoint:
         for key, record in checkpoint.manifest.tensors.items():
             if record.kind in ("parameter", "buffer"):
                 start = (0,) * len(record.shape)

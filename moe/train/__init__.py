@@ -1,0 +1,1 @@
+"""Training runs: `moe train CONFIG`, or `torchrun … -m moe.train CONFIG`."""

@@ -1,0 +1,305 @@
+"""Training: batches in their order, one loss, one engine, checkpoints, validation, metrics.
+
+train(config)        # in one process, or in every process that torchrun starts
+"""
+
+import math
+import time
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+from transformers import AutoModelForCausalLM, PreTrainedModel
+
+from moe import engines
+from moe.checkpoint import store
+from moe.config import RunConfig
+from moe.data.dataset import build_dataset
+from moe.data.sampler import Batches, validation_batches
+from moe.engines.base import Engine
+from moe.errors import MoeError, UserError
+from moe.hf.families import routed_config
+from moe.model import LayerLoad, RoutedLlamaConfig, RoutedLlamaForCausalLM
+from moe.model.accounting import flops_per_token
+from moe.model.losses import update_selection_bias
+from moe.parallel.world import Ranks, world
+from moe.progress import quiet_libraries
+from moe.train.loads import LoadMeter, StepLoads
+from moe.train.metrics import Reporter, peak_flops
+from moe.train.schedule import learning_rate
+from moe.upcycle.writer import copy_side_files
+
+BUFFERS = ".selection_bias"
+
+
+def train(config: RunConfig) -> None:
+    """Run a configuration to its last step, from its newest checkpoint if there is one."""
+    quiet_libraries()
+    with world() as ranks:
+        config.check_world(ranks.size)
+        Run(config, ranks).go()
+
+
+def load_model(folder: Path) -> RoutedLlamaForCausalLM:
+    """The model in float32. A dense folder trains as a RoutedLlama with nothing routed."""
+    if not (folder / "config.json").is_file():
+        raise UserError(f"model={folder} is not a model folder: it has no config.json.")
+    model: PreTrainedModel = AutoModelForCausalLM.from_pretrained(
+        folder, dtype=torch.float32, trust_remote_code=False
+    )
+    if isinstance(model, RoutedLlamaForCausalLM):
+        return model
+    routed = RoutedLlamaForCausalLM(routed_config(model.config))
+    routed.load_state_dict(model.state_dict())
+    return routed
+
+
+class Run:
+    """One training run on one rank."""
+
+    def __init__(self, config: RunConfig, ranks: Ranks) -> None:
+        self.config, self.ranks = config, ranks
+        torch.manual_seed(config.seed + ranks.rank)  # dropout differs by rank, nothing else draws
+        if ranks.rank == 0:
+            self._prepare_folder()
+        ranks.barrier()
+        data, cache = config.data, config.out / "cache"
+        shared: dict[str, Any] = {
+            "sequence_length": data.sequence_length,
+            "seed": config.seed,
+            "cache": cache,
+            "document_boundaries": data.document_boundaries,
+            "tokenizer": str(config.model),
+        }
+        samples = config.train.steps * config.train.global_batch_size
+        train_sources = [(s.path, s.weight) for s in data.train]
+        self.dataset = build_dataset(train_sources, num_samples=samples, **shared)
+        self.validation = None
+        if data.validation:
+            sources = [(s.path, s.weight) for s in data.validation]
+            self.validation = build_dataset(sources, num_samples=None, **shared)
+        model = load_model(config.model)
+        self.model_config: RoutedLlamaConfig = model.config
+        self.engine: Engine = engines.build(model, config, ranks)
+        self.biases = [e.tensor for e in self.engine.state() if e.name.endswith(BUFFERS)]
+        self.meter = LoadMeter(self.model_config)
+        self.reference: list[LayerLoad] | None = None
+        self.step = self._resume()
+
+    def _prepare_folder(self) -> None:
+        out = self.config.out
+        if self.config.train.resume == "never" and store.latest(out) is not None:
+            raise UserError(
+                f"out={out} holds checkpoints and train.resume=never. Choose another out, or "
+                "train.resume=auto to go on from them."
+            )
+        out.mkdir(parents=True, exist_ok=True)
+        (out / "config.yaml").write_text(self.config.to_yaml())
+
+    def go(self) -> None:
+        """Train until the last step."""
+        config, reporter = self.config, None
+        if self.ranks.rank == 0:
+            reporter = Reporter(config.out, config.to_yaml(), config.train.steps)
+            print(self._headline(), flush=True)
+        batches = Batches(
+            self.dataset,
+            global_batch_size=config.train.global_batch_size,
+            micro_batch_size=config.train.micro_batch_size,
+            rank=self.ranks.rank,
+            world_size=self.ranks.size,
+            consumed_samples=self.step * config.train.global_batch_size,
+        )
+        mark = time.monotonic(), self.step
+        try:
+            while self.step < config.train.steps:
+                loss, norm, lr, loads = self.train_step(batches)
+                if self.step % config.train.log_every == 0 or self.step == config.train.steps:
+                    metrics = self._metrics(loss, norm, lr, loads, mark)
+                    mark = time.monotonic(), self.step
+                    if reporter:
+                        reporter.report(metrics, loads)
+                last = self.step == config.train.steps
+                if self.validation is not None and (self.step % config.eval.every == 0 or last):
+                    value = self.validate()
+                    if reporter:
+                        reporter.validation(self.step, value)
+                if self.step % config.checkpoint.every == 0 or last:
+                    self.save()
+        finally:
+            batches.close()
+            if reporter:
+                reporter.close()
+
+    def train_step(self, batches: Batches) -> tuple[Tensor, Tensor, float, StepLoads]:
+        """One optimiser step: mean loss per token of the global batch, gradient norm, lr, loads.
+
+        Raises MoeError where the loss or the gradient is not finite: nothing is updated then.
+        """
+        settings, device = self.config.train, self.ranks.device
+        micro = [next(batches) for _ in range(batches.micro_batches_per_step)]
+        micro = [{k: v.to(device, non_blocking=True) for k, v in b.items()} for b in micro]
+        labelled = self.ranks.sum(torch.stack([b["loss_mask"].sum() for b in micro]).sum())
+        total = settings.global_batch_size * self.config.data.sequence_length
+        self.engine.train(True)
+        summed = torch.zeros((), device=device)
+        for index, batch in enumerate(micro):
+            output = self._forward(batch)
+            loss = token_losses(output.logits, batch).sum() / labelled
+            share = batch["tokens"].numel() / total
+            self.engine.backward(loss + share * output.router_loss, index == len(micro) - 1)
+            summed += loss.detach()
+            self.meter.add(output.routing)
+        summed = self.ranks.sum(summed)
+        norm = self.engine.grad_norm()
+        if not math.isfinite(norm.item()):
+            first = self.step * settings.global_batch_size
+            raise MoeError(
+                f"step {self.step + 1}: gradient norm {norm.item()}, loss {summed.item():.4g}, on "
+                f"samples {first} to {first + settings.global_batch_size - 1}. Nothing was "
+                f"updated; the newest checkpoint is {store.latest(self.config.out)}. Lower "
+                "optimizer.lr or train.clip."
+            )
+        lr = learning_rate(
+            self.step, self.config.schedule, self.config.optimizer.lr, settings.steps
+        )
+        limit = torch.tensor(settings.clip or math.inf, device=norm.device, dtype=norm.dtype)
+        self.engine.step(lr, (limit / (norm + 1e-6)).clamp(max=1.0))
+        loads = self.meter.total(self.ranks.sum)
+        self.reference = loads.reference()
+        biased = [
+            load.counts
+            for layer, load in loads.of("mlp").items()
+            if self.model_config.mlp_spec(layer).selection_bias
+        ]
+        update_selection_bias(self.biases, biased, settings.selection_bias_rate)
+        self.step += 1
+        return summed, norm, lr, loads
+
+    def _forward(self, batch: dict[str, Tensor]) -> Any:
+        return self.engine.forward(
+            input_ids=batch["tokens"],
+            position_ids=batch["position_ids"],
+            attention_mask=batch.get("attention_mask"),
+            reference_load=self.reference,
+        )
+
+    @torch.no_grad()
+    def validate(self) -> float:
+        """Mean loss per token over the same validation batches every time."""
+        assert self.validation is not None
+        self.engine.train(False)
+        size = self.config.train.micro_batch_size
+        limit = self.config.eval.batches * size * self.ranks.size
+        place = {"rank": self.ranks.rank, "world_size": self.ranks.size}
+        sums = torch.zeros(2, device=self.ranks.device)
+        for batch in validation_batches(self.validation, size, limit=limit, **place):
+            batch = {k: v.to(self.ranks.device) for k, v in batch.items()}
+            logits = self._forward(batch).logits
+            sums += torch.stack([token_losses(logits, batch).sum(), batch["loss_mask"].sum()])
+        loss, count = self.ranks.sum(sums).tolist()
+        return loss / max(count, 1.0)
+
+    def _metrics(
+        self, loss: Tensor, norm: Tensor, lr: float, loads: StepLoads, mark: tuple[float, int]
+    ) -> dict[str, Any]:
+        elapsed, steps = time.monotonic() - mark[0], self.step - mark[1]
+        length = self.config.data.sequence_length
+        per_step = self.config.train.global_batch_size * length
+        rate = steps * per_step / elapsed
+        peak = peak_flops(self.ranks.device)
+        flops = flops_per_token(self.model_config, length)
+        return {
+            "step": self.step,
+            "loss": loss.item(),
+            "grad_norm": norm.item(),
+            "lr": lr,
+            "tokens": self.step * per_step,
+            "tokens_per_second": rate,
+            "mfu": rate * flops / (peak * self.ranks.size) if peak else None,
+            **loads.summary(),
+        }
+
+    def _headline(self) -> str:
+        config = self.config
+        return (
+            f"{config.model} on {self.ranks.size} rank(s) of {self.ranks.device.type}, "
+            f"{config.train.dtype}: steps {self.step} to {config.train.steps}, "
+            f"{config.train.global_batch_size} × {config.data.sequence_length} tokens each, "
+            f"into {config.out}"
+        )
+
+    def save(self) -> None:
+        """Publish a checkpoint and delete the oldest beyond `checkpoint.keep`."""
+        consumed = self.step * self.config.train.global_batch_size
+        progress = {
+            "step": self.step,
+            "consumed_samples": consumed,
+            "updates": self.engine.updates,
+            "reference": _plain(self.reference),
+            "config": self.config.model_dump(mode="json"),
+        }
+        store.save(
+            self.config.out, self.step, self.engine.state(), progress,
+            self.ranks.rank, self.ranks.gather, self._side_files,
+        )  # fmt: skip
+        if self.ranks.rank == 0:
+            store.retain(self.config.out, self.config.checkpoint.keep)
+
+    def _side_files(self, folder: Path) -> None:
+        copy_side_files(self.config.model, folder)
+        self.model_config.save_pretrained(folder)
+
+    def _resume(self) -> int:
+        """Load the checkpoint to go on from, if any; returns the step it stands at."""
+        wanted = self.config.train.resume
+        if wanted == "never":
+            return 0
+        folder = store.latest(self.config.out) if wanted == "auto" else Path(wanted)
+        if folder is None:
+            return 0
+        with store.Reader(folder) as checkpoint:
+            progress = checkpoint.manifest.progress
+            if progress["updates"]:
+                self.engine.prepare_moments()
+            checkpoint.load(self.engine.state())
+            self.engine.updates = progress["updates"]
+            state = checkpoint.random_state(self.ranks.rank)
+            if state is not None:
+                torch.set_rng_state(state)
+        batch = self.config.train.global_batch_size
+        if progress["consumed_samples"] != progress["step"] * batch:
+            raise UserError(
+                f"{folder} was trained with train.global_batch_size="
+                f"{progress['consumed_samples'] // max(1, progress['step'])}, not {batch}: the "
+                "samples it has seen would be counted wrong. Keep the old value."
+            )
+        if progress["reference"] is not None:
+            self.reference = _tensors(progress["reference"], self.ranks.device)
+        if self.ranks.rank == 0:
+            print(f"going on from {folder}", flush=True)
+        return int(progress["step"])
+
+
+def token_losses(logits: Tensor, batch: dict[str, Tensor]) -> Tensor:
+    """Cross entropy of every label in float32, 0 where it does not count: [B·S]."""
+    losses = F.cross_entropy(
+        logits.flatten(0, 1).float(), batch["labels"].flatten(), reduction="none"
+    )
+    return losses * batch["loss_mask"].flatten()
+
+
+def _plain(reference: list[LayerLoad] | None) -> list[list[list[float] | None]] | None:
+    """Loads as JSON: float32 survives the way through Python's floats."""
+    if reference is None:
+        return None
+    return [[None if f is None else f.tolist() for f in layer] for layer in reference]
+
+
+def _tensors(plain: list[list[list[float] | None]], device: torch.device) -> list[LayerLoad]:
+    return [
+        LayerLoad(*(None if f is None else torch.tensor(f, device=device) for f in layer))
+        for layer in plain
+    ]
