@@ -54,6 +54,7 @@ class RoutedAttention(LlamaAttention):
         past_key_values: Cache | None = None,
         valid_T: Tensor | None = None,
         reference_R: Tensor | None = None,
+        cache: Cache | None = None,
         **kwargs: Any,
     ) -> tuple[Tensor, Tensor | None, RoutingLoad | None]:
         """Output [B, S, H], attention weights where the implementation gives them, head load."""
@@ -71,8 +72,9 @@ class RoutedAttention(LlamaAttention):
             q_BSNd, k_BSGd = self.q_norm(q_BSNd), self.k_norm(k_BSGd)
         query, key, value = (t.transpose(1, 2) for t in (q_BSNd, k_BSGd, v_BSGd))
         query, key = apply_rotary_pos_emb(query, key, *position_embeddings)
-        if past_key_values is not None:
-            key, value = past_key_values.update(key, value, self.layer_idx)
+        cache = past_key_values if cache is None else cache
+        if cache is not None:
+            key, value = cache.update(key, value, self.layer_idx)
         attend: Callable = ALL_ATTENTION_FUNCTIONS.get_interface(
             self.config._attn_implementation, eager_attention_forward
         )

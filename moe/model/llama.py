@@ -26,6 +26,7 @@ from transformers.utils.generic import merge_with_config_defaults
 from transformers.utils.output_capturing import OutputRecorder, capture_outputs
 
 from moe.model.attention import RoutedAttention
+from moe.model.cache import CACHE
 from moe.model.config import RoutedLlamaConfig
 from moe.model.experts import Experts, RoutedMLP
 from moe.model.losses import LayerLoad, LayerRouting, RoutingLoad
@@ -94,7 +95,7 @@ class RoutedLlamaPreTrainedModel(PreTrainedModel):
     base_model_prefix = "model"
     supports_gradient_checkpointing = True
     _no_split_modules = ["RoutedDecoderLayer"]  # noqa: RUF012  (transformers' protocol)
-    _skip_keys_device_placement = ["past_key_values"]  # noqa: RUF012
+    _skip_keys_device_placement = [CACHE]  # noqa: RUF012
     _supports_flash_attn = True
     _supports_sdpa = True
     _supports_flex_attn = True
@@ -139,6 +140,7 @@ class RoutedLlamaModel(RoutedLlamaPreTrainedModel):
         inputs_embeds: Tensor | None = None,
         use_cache: bool | None = None,
         reference_load: Sequence[LayerLoad] | None = None,
+        cache: Cache | None = None,
         **kwargs: Any,
     ) -> RoutedModelOutput:
         """Hidden states [B, S, H], cache, and the routing of every layer.
@@ -151,16 +153,17 @@ class RoutedLlamaModel(RoutedLlamaPreTrainedModel):
         if inputs_embeds is None:
             inputs_embeds = self.embed_tokens(input_ids)
         assert inputs_embeds is not None
-        if use_cache and past_key_values is None:
-            past_key_values = DynamicCache(config=self.config)
+        cache = past_key_values if cache is None else cache
+        if use_cache and cache is None:
+            cache = DynamicCache(config=self.config)
         length = inputs_embeds.shape[1]
         if position_ids is None:
-            past = 0 if past_key_values is None else past_key_values.get_seq_length()
+            past = 0 if cache is None else cache.get_seq_length()
             position_ids = torch.arange(past, past + length, device=inputs_embeds.device)[None]
         valid_T = None
         if isinstance(attention_mask, Tensor) and attention_mask.ndim == 2:
             valid_T = attention_mask[:, -length:].reshape(-1).bool()
-        masks = self._masks(inputs_embeds, attention_mask, past_key_values, position_ids)
+        masks = self._masks(inputs_embeds, attention_mask, cache, position_ids)
         x_BSH = inputs_embeds
         position_embeddings = self.rotary_emb(x_BSH, position_ids)
         routing = []
@@ -173,22 +176,19 @@ class RoutedLlamaModel(RoutedLlamaPreTrainedModel):
                 attention_mask=masks[self.config.layer_types[index]],
                 position_embeddings=position_embeddings,
                 position_ids=position_ids,
-                past_key_values=past_key_values,
                 use_cache=use_cache,
+                **{CACHE: cache},
                 **kwargs,
             )
             routing.append(layer_routing)
-        return RoutedModelOutput(
-            last_hidden_state=self.norm(x_BSH),
-            past_key_values=past_key_values if use_cache else None,
-            routing=tuple(routing),
-        )
+        kept: dict[str, Any] = {CACHE: cache if use_cache else None}
+        return RoutedModelOutput(last_hidden_state=self.norm(x_BSH), routing=tuple(routing), **kept)
 
     def _masks(
         self,
         inputs_embeds: Tensor,
         attention_mask: Tensor | dict[str, Tensor] | None,
-        past_key_values: Cache | None,
+        cache: Cache | None,
         position_ids: Tensor,
     ) -> dict[str, Any]:
         """The mask of each layer type in use; `generate` may have prepared them already."""
@@ -203,8 +203,8 @@ class RoutedLlamaModel(RoutedLlamaPreTrainedModel):
                 config=self.config,
                 inputs_embeds=inputs_embeds,
                 attention_mask=attention_mask,
-                past_key_values=past_key_values,
                 position_ids=position_ids,
+                **{CACHE: cache},
             )
             for kind in dict.fromkeys(self.config.layer_types or ())
         }
@@ -234,6 +234,7 @@ class RoutedLlamaForCausalLM(RoutedLlamaPreTrainedModel, GenerationMixin):
         use_cache: bool | None = None,
         logits_to_keep: int | Tensor = 0,
         reference_load: Sequence[LayerLoad] | None = None,
+        cache: Cache | None = None,
         **kwargs: Any,
     ) -> RoutedCausalLMOutput:
         """Logits [B, S, V], and with labels [B, S] the loss (-100 is not counted).
@@ -245,10 +246,10 @@ class RoutedLlamaForCausalLM(RoutedLlamaPreTrainedModel, GenerationMixin):
             input_ids=input_ids,
             attention_mask=attention_mask,
             position_ids=position_ids,
-            past_key_values=past_key_values,
             inputs_embeds=inputs_embeds,
             use_cache=use_cache,
             reference_load=reference_load,
+            cache=past_key_values if cache is None else cache,
             **kwargs,
         )
         x_BSH = output.last_hidden_state
@@ -267,11 +268,11 @@ class RoutedLlamaForCausalLM(RoutedLlamaPreTrainedModel, GenerationMixin):
         return RoutedCausalLMOutput(
             loss=loss,
             logits=logits,
-            past_key_values=output.past_key_values,
             hidden_states=output.hidden_states,
             attentions=output.attentions,
             router_loss=router_loss,
             routing=output.routing,
+            **{CACHE: output.get(CACHE)},
         )
 
     def router_loss(self, routing: Sequence[LayerRouting]) -> Tensor:

@@ -16,6 +16,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
 import moe.model  # noqa: F401  (registers RoutedLlama)
 from moe.errors import UserError
 from moe.model import RoutedLlamaForCausalLM
+from moe.model.cache import CACHE
 from moe.progress import quiet_libraries
 
 WINDOWS = 8
@@ -68,7 +69,13 @@ def load(folder: Path) -> PreTrainedModel:
 def windows(folder: Path, text: Path | None, vocab_size: int) -> tuple[Tensor, str]:
     """Token ids [windows, length] spread over the text, and what the text was."""
     content, name = default_text() if text is None else (_read(text), text.name)
-    tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
+    except Exception as error:  # transformers raises what it likes over a bad tokenizer
+        reason = str(error).strip().split("\n")[0].rstrip(".:")
+        raise UserError(
+            f"{folder} has no tokenizer to verify with ({reason}). Add its files, or --no-verify."
+        ) from error
     ids = tokenizer(content[: 16 * WINDOWS * WINDOW], add_special_tokens=False)["input_ids"]
     length = min(WINDOW, len(ids) // WINDOWS)
     if length < 16:
@@ -151,7 +158,7 @@ def decoding_difference(routed: PreTrainedModel, ids: Tensor) -> dict[str, Any]:
     step = routed(ids[:, :-DECODED], use_cache=True)
     pieces = []
     for token in ids[:, -DECODED:].T:
-        step = routed(token[:, None], past_key_values=step.past_key_values, use_cache=True)
+        step = routed(token[:, None], use_cache=True, **{CACHE: step[CACHE]})
         pieces.append(step.logits)
     relative = ((torch.cat(pieces, 1) - whole).norm() / whole.norm()).item()
     return {"tokens": DECODED, "relative_difference": relative}

@@ -5,6 +5,8 @@ import torch
 from tiny import MOE, MOH, TWO_STAGE, copy_experts, dense_model, routed_model, tokens
 from transformers import AutoModelForCausalLM
 
+from moe.model.cache import CACHE
+
 DENSE = {"kind": "dense"}
 SIGMOID = {**MOE, "score": "sigmoid", "selection_bias": True, "shared_intermediate_size": 16}
 KV_GROUP = {"kind": "moh", "shared_heads": [0], "top_k": 1, "granularity": "kv_group"}
@@ -79,9 +81,9 @@ def test_cached_decoding_equals_prefill(architecture, head_counts):
     model, ids = build(architecture, head_counts), tokens(2, 20)
     whole = model(ids).logits
     step = model(ids[:, :9], use_cache=True)
-    pieces, cache = [step.logits], step.past_key_values
+    pieces, cache = [step.logits], step[CACHE]
     for position in range(9, 20):
-        step = model(ids[:, position : position + 1], past_key_values=cache, use_cache=True)
+        step = model(ids[:, position : position + 1], use_cache=True, **{CACHE: cache})
         pieces.append(step.logits)
     assert relative(torch.cat(pieces, dim=1), whole) < 1e-12
 
