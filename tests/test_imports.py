@@ -76,9 +76,9 @@ def violations(module: str, imported: set[str]) -> list[str]:
                 if any(within(name, f) for f in forbidden)
             ]
     for library, rooms in ONLY_IN.items():
-        if any(within(name, library) for name in imported):
-            if not any(within(module, room) for room in rooms):
-                found.append(f"{module} imports {library}, which belongs in {rooms}")
+        used = any(within(name, library) for name in imported)
+        if used and not any(within(module, room) for room in rooms):
+            found.append(f"{module} imports {library}, which belongs in {rooms}")
     if within(module, "moe.train") and any(
         within(n, "moe.engines") and n not in ("moe.engines", "moe.engines.base")
         and not n.startswith("moe.engines.base.")

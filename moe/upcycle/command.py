@@ -15,7 +15,7 @@ from moe.upcycle import writer
 from moe.upcycle.receipt import Receipt, seal, versions
 from moe.upcycle.recipes import Conversion, Copy, MoH, Recipe, convert
 from moe.upcycle.source import Source, hash_file
-from moe.upcycle.verify import summary, verify
+from moe.upcycle.verify import summary, verify, windows
 
 app = typer.Typer(
     help="Turn a dense checkpoint into a mixture and prove what was kept.", no_args_is_help=True
@@ -23,7 +23,7 @@ app = typer.Typer(
 
 Dtype = Literal["float32", "bfloat16"]
 SourceOption = Annotated[
-    Path, typer.Option(help="Model folder: Llama, Mistral, Qwen2, Qwen3, or a RoutedLlama.")
+    list[Path], typer.Option(help="Model folder: Llama, Mistral, Qwen2, Qwen3, or a RoutedLlama.")
 ]
 Out = Annotated[Path, typer.Option(help="Folder to create.")]
 Seed = Annotated[int, typer.Option(help="Of everything that is drawn.")]
@@ -91,7 +91,7 @@ def moh(
         purpose=purpose,
     )
     request = Request(
-        source=source, out=out, seed=seed, layers=layers, dtype=dtype, text=text,
+        source=_single(source), out=out, seed=seed, layers=layers, dtype=dtype, text=text,
         verify=verify, dry_run=dry_run, as_json=as_json,
     )  # fmt: skip
     run(recipe, request)
@@ -127,10 +127,16 @@ def copy(
         purpose=purpose,
     )
     request = Request(
-        source=source, out=out, seed=seed, layers=layers, dtype=dtype, text=text,
+        source=_single(source), out=out, seed=seed, layers=layers, dtype=dtype, text=text,
         verify=verify, dry_run=dry_run, as_json=as_json,
     )  # fmt: skip
     run(recipe, request)
+
+
+def _single(sources: list[Path]) -> Path:
+    if len(sources) > 1:
+        raise UserError(f"{len(sources)} sources given: this recipe takes one --source.")
+    return sources[0]
 
 
 def run(recipe: Recipe, request: Request) -> None:
@@ -149,6 +155,8 @@ def run(recipe: Recipe, request: Request) -> None:
         described = describe_plan(conversion, plan, source)
         typer.echo(json.dumps(described) if request.as_json else describe_lines(described))
         return
+    if request.verify:  # what would make it fail is said now, not after an hour of writing
+        windows(source.folder, request.text, source.config.vocab_size)
     receipt = execute(recipe, request, source, conversion, plan)
     if request.as_json:
         typer.echo(json.dumps({"out": str(request.out), **dataclasses.asdict(receipt)}))

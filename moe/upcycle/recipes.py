@@ -8,7 +8,8 @@ convert only some layers, and a source may be a RoutedLlama whose other part is 
 
 import dataclasses
 import random
-from collections.abc import Callable, Iterator, Sequence
+import re
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar, Literal
 
@@ -54,8 +55,12 @@ class MoH:
         """The attention of a converted layer. Raises UserError where the numbers do not fit."""
         heads, kv_heads = config.num_attention_heads, config.num_key_value_heads
         assert kv_heads is not None
-        units = kv_heads if self.granularity == "kv_group" else heads
+        units = self._units(config)
         shared = units // 2 if self.shared_heads is None else self.shared_heads
+        if not 0 <= shared < units:
+            raise UserError(
+                f"--shared-heads {shared}: of {units} {self._noun}, 0 to {units - 1} can be shared."
+            )
         top_k = max(1, round(0.75 * units) - shared) if self.top_k is None else self.top_k
         spec = AttentionSpec(
             kind="moh",
@@ -72,10 +77,7 @@ class MoH:
     def apply(self, config: RoutedLlamaConfig, plan: Plan, layers: Sequence[int], seed: int) -> str:
         """Route the heads of `layers` in place; returns the statement, empty where inexact."""
         spec = self.spec(config)
-        units = config.num_attention_heads
-        if spec.granularity == "kv_group":
-            units = config.num_key_value_heads or units
-        routed = units - len(spec.shared_heads)
+        routed = self._units(config) - len(spec.shared_heads)
         every = spec.top_k == routed
         _set_parts(config, "attention", layers, spec.to_dict())
         if spec.router == "two_stage":
@@ -92,8 +94,21 @@ class MoH:
         return "every head is on with weight 1" if every else ""
 
     def inexact(self, config: RoutedLlamaConfig) -> str:
-        spec = self.spec(config)
-        return f"{spec.top_k} of the heads that compete are on per token, the rest are left out"
+        spec, units = self.spec(config), self._units(config)
+        shared = len(spec.shared_heads)
+        return (
+            f"{shared + spec.top_k} of {units} {self._noun} are on per token ({shared} always, "
+            f"{spec.top_k} of {units - shared} chosen), the rest are left out"
+        )
+
+    @property
+    def _noun(self) -> str:
+        return "KV groups" if self.granularity == "kv_group" else "heads"
+
+    def _units(self, config: RoutedLlamaConfig) -> int:
+        """How many heads, or KV groups, there are to choose from."""
+        grouped = config.num_key_value_heads if self.granularity == "kv_group" else None
+        return grouped or config.num_attention_heads
 
     def warnings(self) -> tuple[str, ...]:
         return ()
@@ -230,11 +245,14 @@ def convert(
     exact = recipe.apply(config, plan, chosen, seed)
     _check_names(plan, config, source)
     config.architectures = ["RoutedLlamaForCausalLM"]
+    statement = exact or recipe.inexact(config)
+    if dtype and any(torch.promote_types(e.dtype, dtype) != dtype for e in plan.values()):
+        exact, statement = "", f"{statement}; weights are rounded to {str(dtype)[6:]}"
     return Conversion(
         config=config,
         plan=plan,
         exact=bool(exact),
-        statement=exact or recipe.inexact(config),
+        statement=statement,
         warnings=recipe.warnings(),
     )
 
@@ -284,19 +302,16 @@ def parse_layers(text: str | None, count: int) -> list[int]:
     """`0-3,7` as layer numbers; None means all `count` of them."""
     if text is None:
         return list(range(count))
-    try:
-        layers = sorted(set(_ranges(text)))
-    except ValueError:
-        raise UserError(f"--layers {text!r} is not a list like 0-3,7.") from None
-    if not layers or layers[0] < 0 or layers[-1] >= count:
-        raise UserError(f"--layers {text}: the model has layers 0 to {count - 1}.")
-    return layers
-
-
-def _ranges(text: str) -> Iterator[int]:
+    layers: set[int] = set()
     for piece in text.split(","):
-        first, _, last = piece.strip().partition("-")
-        yield from range(int(first), int(last or first) + 1)
+        match = re.fullmatch(r"(\d+)(?:-(\d+))?", piece.strip())
+        if match is None:
+            raise UserError(f"--layers {text!r} is not a list like 0-3,7.")
+        first, last = int(match[1]), int(match[2] or match[1])
+        if not first <= last < count:
+            raise UserError(f"--layers {text}: the model has layers 0 to {count - 1}.")
+        layers.update(range(first, last + 1))
+    return sorted(layers)
 
 
 def _number(
