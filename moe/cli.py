@@ -28,6 +28,7 @@ COMMANDS = {
     "upcycle": ("moe.upcycle.command", "Turn a dense checkpoint into a mixture and prove it."),
     "data": ("moe.data.command", "Tokenise text into the files that training reads."),
     "train": ("moe.train.command", "Continue-train a model; under torchrun: -m moe.train."),
+    "eval": ("moe.evals.command", "Evaluate with lm-evaluation-harness, beside baselines."),
     "inspect": ("moe.hf.inspect_command", "Architecture, parameters, routing and receipt."),
     "verify": ("moe.upcycle.verify_command", "Whether a folder still is what was written."),
 }

@@ -1,0 +1,64 @@
+"""`moe eval`."""
+
+import json
+import logging
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from moe.errors import UserError
+from moe.progress import quiet_libraries
+
+app = typer.Typer(add_completion=False)
+
+
+@app.command()
+def run(
+    model: Annotated[Path, typer.Argument(help="Model folder or training checkpoint.")],
+    out: Annotated[Path, typer.Option(help="Folder to create for results.json and results.md.")],
+    tasks: Annotated[str | None, typer.Option(help="Task names, separated by commas.")] = None,
+    suite: Annotated[str | None, typer.Option(help="A list of tasks shipped with moe.")] = None,
+    include_path: Annotated[Path | None, typer.Option(help="Folder of more task files.")] = None,
+    data: Annotated[Path | None, typer.Option(help="Folder that local_… tasks read.")] = None,
+    limit: Annotated[int | None, typer.Option(help="Items per task.")] = None,
+    batch_size: Annotated[int, typer.Option(help="Sequences per forward pass.")] = 8,
+    baseline: Annotated[
+        list[Path] | None, typer.Option(help="Model to hold it against; repeat for more.")
+    ] = None,
+    as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object.")] = False,
+) -> None:
+    """Evaluate with lm-evaluation-harness, beside baselines if any are given."""
+    if out.exists():
+        raise UserError(f"{out} exists. Choose another --out, or remove it.")
+    if (tasks is None) == (suite is None):
+        raise UserError("give either --tasks or --suite.")
+    quiet_libraries()
+    logging.getLogger("lm_eval").setLevel(logging.ERROR)
+    from moe.evals import run as runner
+
+    names = tasks.split(",") if tasks else []
+    if suite is not None:
+        chosen = runner.suite(suite)
+        names, limit = chosen["tasks"], limit or chosen.get("limit")
+    models = [model, *(baseline or [])]
+    report = runner.evaluate(
+        models, names, include_path, data, limit, batch_size,
+        say=lambda text: typer.echo(text, err=True),
+    )  # fmt: skip
+    labels = short_names(models)
+    table = runner.table(report, labels)
+    out.mkdir(parents=True)
+    (out / "results.json").write_text(json.dumps(report, indent=1, default=str) + "\n")
+    limited = f", {limit} items per task" if limit else ""
+    (out / "results.md").write_text(f"# {labels[0]}{limited}\n\n{table}\n")
+    typer.echo(json.dumps(report["rows"]) if as_json else f"{table}\n{out}/results.md")
+
+
+def short_names(models: list[Path]) -> list[str]:
+    """Last parts of the paths, as many as it takes to tell them apart."""
+    for length in (1, 2, 3, 4):
+        names = ["/".join(m.parts[-length:]) for m in models]
+        if len(set(names)) == len(names):
+            return names
+    return [str(m) for m in models]
