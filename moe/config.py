@@ -6,7 +6,7 @@ config = load(Path("configs/train/demo.yaml"), ["train.steps=20", "optimizer.lr=
 import difflib
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
@@ -17,7 +17,9 @@ from moe.errors import UserError
 class Section(BaseModel):
     """A part of the file: frozen, unknown keys refused."""
 
-    model_config = ConfigDict(extra="forbid", frozen=True, use_attribute_docstrings=True)
+    model_config = ConfigDict(
+        extra="forbid", frozen=True, allow_inf_nan=False, use_attribute_docstrings=True
+    )
 
 
 class Weighted(Section):
@@ -46,20 +48,24 @@ class Train(Section):
     clip: float | None = Field(1.0, gt=0)
     """Largest global gradient norm; null for none."""
     resume: str = "auto"
-    """auto: the newest checkpoint of `out`, if any; never; or a checkpoint folder."""
+    """auto: the newest checkpoint of `out`, if any; never; or a checkpoint folder to start from
+    where `out` has none yet."""
     activation_checkpointing: Literal["none", "full"] = "none"
     compile: bool = False
     """torch.compile each layer."""
-    trainable: list[str] = ["*"]
+    trainable: list[str] = Field(["*"], min_length=1)
     """Parameters to train, as patterns: ["*.router.*"], ["*.experts.*"]; the rest is frozen."""
     selection_bias_rate: float = Field(1e-3, ge=0)
     """Step of the selection biases, for models that have them."""
     log_every: int = Field(10, gt=0)
 
 
+Beta = Annotated[float, Field(ge=0, lt=1)]
+
+
 class Optimizer(Section):
     lr: float = Field(2e-5, gt=0)
-    betas: tuple[float, float] = (0.9, 0.95)
+    betas: tuple[Beta, Beta] = (0.9, 0.95)
     eps: float = Field(1e-8, gt=0)
     weight_decay: float = Field(0.1, ge=0)
     """On matrices only: norms and biases are not decayed."""
@@ -90,8 +96,8 @@ class Checkpoint(Section):
 class Evaluation(Section):
     every: int = Field(500, gt=0)
     """Steps between validation losses, where data.validation is given."""
-    batches: int = Field(8, gt=0)
-    """Micro-batches per rank of the fixed validation set."""
+    sequences: int = Field(64, gt=0)
+    """Of the validation data, the same every time."""
 
 
 class RunConfig(Section):
@@ -99,7 +105,7 @@ class RunConfig(Section):
 
     model: Path
     out: Path
-    seed: int = 0
+    seed: int = Field(0, ge=0, lt=2**32)
     engine: Literal["native"] = "native"
     data: Data
     train: Train = Train()
@@ -111,19 +117,21 @@ class RunConfig(Section):
 
     @model_validator(mode="after")
     def _fits_together(self) -> "RunConfig":
-        train, schedule = self.train, self.schedule
+        train, schedule, problems = self.train, self.schedule, []
         if train.global_batch_size % train.micro_batch_size:
-            raise ValueError(
+            problems.append(
                 f"train.micro_batch_size={train.micro_batch_size} does not divide "
                 f"train.global_batch_size={train.global_batch_size}."
             )
         if schedule.warmup_steps > train.steps:
-            raise ValueError(
+            problems.append(
                 f"schedule.warmup_steps={schedule.warmup_steps} exceeds train.steps={train.steps}: "
                 "the run would end while warming up."
             )
         if schedule.decay_steps and schedule.kind != "wsd":
-            raise ValueError(f"schedule.decay_steps is for kind wsd, not {schedule.kind}.")
+            problems.append(f"schedule.decay_steps is for kind wsd, not {schedule.kind}.")
+        if problems:
+            raise ValueError("\n".join(problems))
         return self
 
     def check_world(self, world_size: int) -> None:
@@ -165,7 +173,7 @@ def load(path: Path, overrides: Sequence[str] = ()) -> RunConfig:
         values = yaml.safe_load(path.read_text()) or {}
     except OSError as error:
         raise UserError(f"{path} cannot be read: {error.strerror}.") from error
-    except yaml.YAMLError as error:
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
         raise UserError(f"{path} is not YAML: {' '.join(str(error).split())}") from error
     if not isinstance(values, dict):
         raise UserError(f"{path} holds {type(values).__name__}, not keys with values.")
@@ -207,7 +215,7 @@ def parse(values: dict[str, Any], name: str) -> RunConfig:
     try:
         return RunConfig.model_validate(_number(values))
     except ValidationError as error:
-        lines = [_explain(problem) for problem in error.errors()]
+        lines = [line for e in error.errors() for line in _explain(e).split("\n")]
         raise UserError(f"{name}: {len(lines)} problem(s)\n  " + "\n  ".join(lines)) from None
 
 

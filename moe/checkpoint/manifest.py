@@ -12,6 +12,7 @@ from typing import Any
 from moe.errors import Corrupt
 
 NAME = "manifest.json"
+PARTIAL = ".partial"  # ends the name of a folder that is still being written
 FORMAT = 1
 
 
@@ -51,19 +52,24 @@ class Manifest:
     def read(cls, folder: Path) -> "Manifest":
         """Raises Corrupt where it is missing, unreadable or does not cover its tensors."""
         path = folder / NAME
-        if not path.is_file():
-            raise Corrupt(f"{folder} has no {NAME}: it is not a complete checkpoint.")
+        if not is_complete(folder):
+            raise Corrupt(f"{folder} has no {NAME}, or is {PARTIAL}: no complete checkpoint.")
         try:
             values = json.loads(path.read_text())
             if values["format"] != FORMAT:
                 raise Corrupt(f"{path}: format {values['format']}, this version reads {FORMAT}.")
             tensors = {n: _record(r) for n, r in values.pop("tensors").items()}
             manifest = cls(tensors=tensors, **values)
-        except (ValueError, KeyError, TypeError) as error:
+        except (ValueError, KeyError, TypeError, AttributeError) as error:
             raise Corrupt(f"{path}: not a manifest ({error}).") from error
         for name, record in manifest.tensors.items():
             _check_cover(path, name, record, manifest.files)
         return manifest
+
+
+def is_complete(folder: Path) -> bool:
+    """Whether a folder was published as a checkpoint."""
+    return (folder / NAME).is_file() and not folder.name.endswith(PARTIAL)
 
 
 def _record(values: dict[str, Any]) -> TensorRecord:

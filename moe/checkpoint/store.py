@@ -5,7 +5,8 @@
     for name, tensor in weights(folder): ...                 # no process group needed
 
 Each rank writes the blocks it holds into one safetensors file. A tensor can be read back in any
-other division, so ranks may come and go between runs. (torch's own distributed checkpoint keeps its
+other division, so ranks may come and go between runs. A file is read only where its hash is what
+the manifest says. (torch's own distributed checkpoint keeps its
 metadata in a pickle, which is never loaded here.)
 """
 
@@ -24,7 +25,7 @@ from torch import Tensor
 from torch.distributed.tensor import DTensor, Replicate
 from torch.distributed.tensor._utils import compute_local_shape_and_global_offset
 
-from moe.checkpoint.manifest import NAME, Manifest, Piece, TensorRecord
+from moe.checkpoint.manifest import NAME, PARTIAL, Manifest, Piece, TensorRecord, is_complete
 from moe.errors import Corrupt, UserError
 from moe.upcycle.source import hash_file, sync
 
@@ -56,35 +57,51 @@ def save(
     """Write `out/checkpoints/step-N`, complete or not at all; called by every rank.
 
     `progress` of rank 0 is what the run resumes from; `side_files` puts config and tokenizer into
-    the folder; `gather` brings every rank's value to every rank.
+    the folder; `gather` brings every rank's value to every rank. Raises UserError where the disk
+    does not take it.
     """
     target = out / FOLDER / f"step-{step}"
-    partial = target.with_name(target.name + ".partial")
-    if rank == 0:
-        shutil.rmtree(partial, ignore_errors=True)
-        partial.mkdir(parents=True)
-    gather(None)  # the folder is there
-    records, file = _write_pieces(partial, rank, entries)
-    gathered = gather((records, {file.name: _describe(file)}))
-    if rank == 0:
-        side_files(partial)
-        files: dict[str, Any] = {n: d for _, described in gathered for n, d in described.items()}
-        for path in sorted(partial.iterdir()):
-            if path.name not in files:
-                files[path.name] = _describe(path)
-        manifest = Manifest(
-            tensors=_merge([r for r, _ in gathered]), files=files, progress=progress
-        )
-        manifest.write(partial)
-        for path in partial.iterdir():
-            sync(path)
-        sync(partial)
-        if target.exists():  # the same step again, after a resume from an older one
-            shutil.rmtree(target)
-        partial.rename(target)
-        sync(target.parent)
-    gather(None)  # it is published
+    partial = target.with_name(target.name + PARTIAL)
+    try:
+        if rank == 0:
+            shutil.rmtree(partial, ignore_errors=True)
+            partial.mkdir(parents=True)
+        gather(None)  # the folder is there
+        records, file = _write_pieces(partial, rank, entries)
+        gathered = gather((records, {file.name: _describe(file)}))
+        if rank == 0:
+            side_files(partial)
+            tensors = _merge([records for records, _ in gathered])
+            files = {name: d for _, described in gathered for name, d in described.items()}
+            _publish(partial, target, Manifest(tensors=tensors, files=files, progress=progress))
+        gather(None)  # it is published
+    except (OSError, SafetensorError) as error:
+        raise UserError(
+            f"{target} cannot be written: {error}. Start the run again once that is mended."
+        ) from error
     return target
+
+
+def _publish(partial: Path, target: Path, manifest: Manifest) -> None:
+    """Describe what else is in the folder, force everything to disk, give it its name."""
+    for path in sorted(p for p in partial.rglob("*") if p.is_file()):
+        name = str(path.relative_to(partial))
+        if name not in manifest.files:
+            manifest.files[name] = _describe(path)
+    manifest.write(partial)
+    for path in partial.rglob("*"):
+        sync(path)
+    sync(partial)
+    _remove(target)  # the same step, of a run that went on from an older one
+    partial.rename(target)
+    sync(target.parent)
+
+
+def _remove(folder: Path) -> None:
+    """Delete a checkpoint, or what is left of one: invisible before it is incomplete."""
+    if folder.exists():
+        (folder / NAME).unlink(missing_ok=True)
+        shutil.rmtree(folder)
 
 
 def _describe(path: Path) -> dict[str, Any]:
@@ -148,7 +165,7 @@ def steps(out: Path) -> list[tuple[int, Path]]:
     found = []
     for path in (out / FOLDER).glob("step-*"):
         match = _STEP.fullmatch(path.name)
-        if match and (path / NAME).is_file():
+        if match and is_complete(path):
             found.append((int(match[1]), path))
     return sorted(found)
 
@@ -160,14 +177,15 @@ def latest(out: Path) -> Path | None:
 
 
 def retain(out: Path, keep: int) -> None:
-    """Delete all but the newest `keep` checkpoints, each made invisible before it is emptied."""
-    for _, path in steps(out)[:-keep]:
-        (path / NAME).unlink()
-        shutil.rmtree(path)
+    """Delete all but the newest `keep` checkpoints, and what killed runs have left."""
+    kept = {path for _, path in steps(out)[-keep:]}
+    for path in (out / FOLDER).glob("step-*"):
+        if _STEP.fullmatch(path.name.removesuffix(PARTIAL)) and path not in kept:
+            _remove(path)
 
 
 class Reader:
-    """An open checkpoint."""
+    """An open checkpoint. Raises Corrupt where a file it reads is not what was written."""
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
@@ -183,13 +201,10 @@ class Reader:
 
     def _open(self, name: str) -> Any:
         if name not in self._files:
-            path = self.folder / name
-            if not path.is_file():
-                raise Corrupt(f"{path} is missing from the checkpoint.")
-            try:
-                self._files[name] = self._stack.enter_context(safe_open(path, framework="pt"))
-            except SafetensorError as error:
-                raise Corrupt(f"{path}: {error}") from error
+            if problem := _damage(self.folder, name, self.manifest):
+                raise Corrupt(f"{problem} Resume from another checkpoint.")
+            file = safe_open(self.folder / name, framework="pt")
+            self._files[name] = self._stack.enter_context(file)
         return self._files[name]
 
     def block(self, key: str, offset: tuple[int, ...], shape: tuple[int, ...]) -> Tensor:
@@ -255,7 +270,7 @@ def weights(folder: Path) -> Iterator[tuple[str, Tensor]]:
 
 def is_checkpoint(folder: Path) -> bool:
     """Whether a folder is a published training checkpoint."""
-    return (folder / NAME).is_file()
+    return is_complete(folder)
 
 
 def check(folder: Path) -> list[str]:
@@ -264,15 +279,18 @@ def check(folder: Path) -> list[str]:
         manifest = Manifest.read(folder)
     except Corrupt as error:
         return [str(error)]
-    problems = []
-    for name, entry in manifest.files.items():
-        path = folder / name
-        if not path.is_file():
-            problems.append(f"{path}: missing.")
-        elif path.stat().st_size != entry["bytes"] or hash_file(path) != entry["xxh3"]:
-            held = [k for k, r in manifest.tensors.items() if any(p.file == name for p in r.pieces)]
-            problems.append(f"{path}: not the bytes that were written; it holds {held[:3]}.")
-    return problems
+    return [p for p in (_damage(folder, name, manifest) for name in manifest.files) if p]
+
+
+def _damage(folder: Path, name: str, manifest: Manifest) -> str | None:
+    path, entry = folder / name, manifest.files[name]
+    held = [k for k, r in manifest.tensors.items() if any(p.file == name for p in r.pieces)]
+    tensors = f", which holds {len(held)} tensors such as {held[0]}" if held else ""
+    if not path.is_file():
+        return f"{path}{tensors}: missing."
+    if path.stat().st_size != entry["bytes"] or hash_file(path) != entry["xxh3"]:
+        return f"{path}{tensors}: not the bytes that were written."
+    return None
 
 
 def progress_of(folder: Path) -> dict[str, Any]:

@@ -3,6 +3,7 @@
 from moe.data.indexed import IndexedDataset   # inside functions only
 """
 
+import logging
 import warnings
 
 from moe.errors import UserError
@@ -23,6 +24,9 @@ with warnings.catch_warnings():  # about Transformer Engine and Apex, which data
             "or a C++ compiler and pybind11, then `pip install --no-binary megatron-core "
             "--no-build-isolation megatron-core`."
         ) from error
+
+# it warns that a blend's index is not cached; ours is kept in memory on purpose
+logging.getLogger("megatron.core.datasets.blended_dataset").setLevel(logging.ERROR)
 
 __all__ = [
     "BlendedDataset",

@@ -10,6 +10,6 @@ if __name__ == "__main__":
     try:
         app(prog_name="python -m moe.train")
     except MoeError as error:
-        if os.environ.get("RANK", "0") == "0":  # the others have nothing to add
-            print(f"error: {error}", file=sys.stderr)
+        rank = os.environ.get("RANK", "0")
+        print(f"error{f' on rank {rank}' if rank != '0' else ''}: {error}", file=sys.stderr)
         sys.exit(error.exit_code)

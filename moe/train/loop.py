@@ -11,7 +11,6 @@ from typing import Any
 import torch
 from torch import Tensor
 from torch.nn import functional as F
-from transformers import AutoModelForCausalLM, PreTrainedModel
 
 from moe import engines
 from moe.checkpoint import store
@@ -29,6 +28,8 @@ from moe.progress import quiet_libraries
 from moe.train.loads import LoadMeter, StepLoads
 from moe.train.metrics import Reporter, peak_flops
 from moe.train.schedule import learning_rate
+from moe.upcycle.receipt import Receipt
+from moe.upcycle.source import Source
 from moe.upcycle.writer import copy_side_files
 
 BUFFERS = ".selection_bias"
@@ -42,18 +43,21 @@ def train(config: RunConfig) -> None:
         Run(config, ranks).go()
 
 
-def load_model(folder: Path) -> RoutedLlamaForCausalLM:
-    """The model in float32. A dense folder trains as a RoutedLlama with nothing routed."""
-    if not (folder / "config.json").is_file():
-        raise UserError(f"model={folder} is not a model folder: it has no config.json.")
-    model: PreTrainedModel = AutoModelForCausalLM.from_pretrained(
-        folder, dtype=torch.float32, trust_remote_code=False
+def load_model(source: Source) -> RoutedLlamaForCausalLM:
+    """The model in float32. A dense folder trains as a RoutedLlama with nothing routed.
+
+    Raises UserError where the folder is not a whole model, or none of LLaMA's kind.
+    """
+    config = source.config
+    if not isinstance(config, RoutedLlamaConfig):
+        config = routed_config(config)  # of the same tensors under the same names
+    loaded: Any = RoutedLlamaForCausalLM.from_pretrained(
+        source.folder, config=config, dtype=torch.float32, output_loading_info=True
     )
-    if isinstance(model, RoutedLlamaForCausalLM):
-        return model
-    routed = RoutedLlamaForCausalLM(routed_config(model.config))
-    routed.load_state_dict(model.state_dict())
-    return routed
+    model, found = loaded
+    if missing := sorted(found["missing_keys"]):
+        raise UserError(f"model={source.folder} lacks {len(missing)} tensors such as {missing[0]}.")
+    return model
 
 
 class Run:
@@ -62,9 +66,12 @@ class Run:
     def __init__(self, config: RunConfig, ranks: Ranks) -> None:
         self.config, self.ranks = config, ranks
         torch.manual_seed(config.seed + ranks.rank)  # dropout differs by rank, nothing else draws
-        if ranks.rank == 0:
-            self._prepare_folder()
-        ranks.barrier()
+        if config.train.resume == "never" and store.latest(config.out) is not None:
+            raise UserError(
+                f"out={config.out} holds checkpoints and train.resume=never. Choose another out, "
+                "or train.resume=auto to go on from them."
+            )
+        source = Source.open(config.model)  # headers only; refuses pickles and damaged files
         data, cache = config.data, config.out / "cache"
         shared: dict[str, Any] = {
             "sequence_length": data.sequence_length,
@@ -80,29 +87,22 @@ class Run:
         if data.validation:
             sources = [(s.path, s.weight) for s in data.validation]
             self.validation = build_dataset(sources, num_samples=None, **shared)
-        model = load_model(config.model)
+        model = load_model(source)
         self.model_config: RoutedLlamaConfig = model.config
+        receipt = Receipt.read(config.model)
+        self.origin = receipt.steps if receipt else []
         self.engine: Engine = engines.build(model, config, ranks)
         self.biases = [e.tensor for e in self.engine.state() if e.name.endswith(BUFFERS)]
         self.meter = LoadMeter(self.model_config)
         self.reference: list[LayerLoad] | None = None
         self.step = self._resume()
 
-    def _prepare_folder(self) -> None:
-        out = self.config.out
-        if self.config.train.resume == "never" and store.latest(out) is not None:
-            raise UserError(
-                f"out={out} holds checkpoints and train.resume=never. Choose another out, or "
-                "train.resume=auto to go on from them."
-            )
-        out.mkdir(parents=True, exist_ok=True)
-        (out / "config.yaml").write_text(self.config.to_yaml())
-
     def go(self) -> None:
         """Train until the last step."""
         config, reporter = self.config, None
         if self.ranks.rank == 0:
-            reporter = Reporter(config.out, config.to_yaml(), config.train.steps)
+            (config.out / "config.yaml").write_text(config.to_yaml())
+            reporter = Reporter(config.out, config.to_yaml(), self.step, config.train.steps)
             print(self._headline(), flush=True)
         batches = Batches(
             self.dataset,
@@ -121,6 +121,7 @@ class Run:
                     mark = time.monotonic(), self.step
                     if reporter:
                         reporter.report(metrics, loads)
+                begin = time.monotonic()
                 last = self.step == config.train.steps
                 if self.validation is not None and (self.step % config.eval.every == 0 or last):
                     value = self.validate()
@@ -128,6 +129,7 @@ class Run:
                         reporter.validation(self.step, value)
                 if self.step % config.checkpoint.every == 0 or last:
                     self.save()
+                mark = mark[0] + time.monotonic() - begin, mark[1]  # tokens/s is of training alone
         finally:
             batches.close()
             if reporter:
@@ -154,7 +156,7 @@ class Run:
             self.meter.add(output.routing)
         summed = self.ranks.sum(summed)
         norm = self.engine.grad_norm()
-        if not math.isfinite(norm.item()):
+        if not math.isfinite(norm.item() + summed.item()):
             first = self.step * settings.global_batch_size
             raise MoeError(
                 f"step {self.step + 1}: gradient norm {norm.item()}, loss {summed.item():.4g}, on "
@@ -188,11 +190,11 @@ class Run:
 
     @torch.no_grad()
     def validate(self) -> float:
-        """Mean loss per token over the same validation batches every time."""
+        """Mean loss per token over the same validation sequences every time, on any ranks."""
         assert self.validation is not None
         self.engine.train(False)
         size = self.config.train.micro_batch_size
-        limit = self.config.eval.batches * size * self.ranks.size
+        limit = self.config.eval.sequences
         place = {"rank": self.ranks.rank, "world_size": self.ranks.size}
         sums = torch.zeros(2, device=self.ranks.device)
         for batch in validation_batches(self.validation, size, limit=limit, **place):
@@ -238,6 +240,7 @@ class Run:
             "step": self.step,
             "consumed_samples": consumed,
             "updates": self.engine.updates,
+            "origin": self.origin,
             "reference": _plain(self.reference),
             "config": self.config.model_dump(mode="json"),
         }
@@ -252,16 +255,36 @@ class Run:
         copy_side_files(self.config.model, folder)
         self.model_config.save_pretrained(folder)
 
+    def _starting_point(self) -> Path | None:
+        """The newest checkpoint of `out`, where there is none the one that is named."""
+        named, own = self.config.train.resume, store.latest(self.config.out)
+        if named in ("auto", "never"):
+            return own
+        store.progress_of(Path(named))  # it must be one, whether it is still needed or not
+        if own is None:
+            return Path(named)
+        start, newest = Path(named).resolve(), own.resolve()
+        if start.parent == newest.parent and start != newest:
+            raise UserError(
+                f"train.resume={named} is not the newest checkpoint of out={self.config.out}, "
+                f"{own.name} is. Choose another out to branch off, or remove the newer ones."
+            )
+        return own
+
     def _resume(self) -> int:
         """Load the checkpoint to go on from, if any; returns the step it stands at."""
-        wanted = self.config.train.resume
-        if wanted == "never":
-            return 0
-        folder = store.latest(self.config.out) if wanted == "auto" else Path(wanted)
+        folder = self._starting_point()
         if folder is None:
             return 0
         with store.Reader(folder) as checkpoint:
             progress = checkpoint.manifest.progress
+            batch = self.config.train.global_batch_size
+            if progress["consumed_samples"] != progress["step"] * batch:
+                raise UserError(
+                    f"{folder} was trained with train.global_batch_size="
+                    f"{progress['consumed_samples'] // max(1, progress['step'])}, not {batch}: the "
+                    "samples it has seen would be counted wrong. Keep the old value."
+                )
             if progress["updates"]:
                 self.engine.prepare_moments()
             checkpoint.load(self.engine.state())
@@ -269,13 +292,6 @@ class Run:
             state = checkpoint.random_state(self.ranks.rank)
             if state is not None:
                 torch.set_rng_state(state)
-        batch = self.config.train.global_batch_size
-        if progress["consumed_samples"] != progress["step"] * batch:
-            raise UserError(
-                f"{folder} was trained with train.global_batch_size="
-                f"{progress['consumed_samples'] // max(1, progress['step'])}, not {batch}: the "
-                "samples it has seen would be counted wrong. Keep the old value."
-            )
         if progress["reference"] is not None:
             self.reference = _tensors(progress["reference"], self.ranks.device)
         if self.ranks.rank == 0:

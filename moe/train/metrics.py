@@ -33,13 +33,18 @@ def peak_flops(device: torch.device) -> float | None:
 
 
 class Reporter:
-    """Writes the metrics of a run into its folder."""
+    """Writes the metrics of a run into its folder, from the step after `first` on.
 
-    def __init__(self, out: Path, config_text: str, steps: int) -> None:
-        self.steps = steps
-        self._begin, self._first = time.monotonic(), None
-        self._file = (out / "metrics.jsonl").open("a")
-        self._board = SummaryWriter(str(out / "tensorboard"))
+    What an interrupted run has reported of later steps is dropped: they come again.
+    """
+
+    def __init__(self, out: Path, config_text: str, first: int, steps: int) -> None:
+        self.first, self.steps, self._begin = first, steps, time.monotonic()
+        path = out / "metrics.jsonl"
+        kept = path.with_name(path.name + ".partial")
+        kept.write_text("".join(lines_until(path, first)))
+        self._file = kept.rename(path).open("a")
+        self._board = SummaryWriter(str(out / "tensorboard"), purge_step=first + 1)
         self._board.add_text("config", f"```yaml\n{config_text}```")
 
     def report(self, metrics: dict[str, Any], loads: StepLoads) -> None:
@@ -66,8 +71,6 @@ class Reporter:
     def line(self, metrics: dict[str, Any]) -> str:
         """The metrics in one line of fixed columns."""
         step = metrics["step"]
-        if self._first is None:
-            self._first = step - 1
         columns = [
             f"step {step:>6}",
             f"loss {metrics['loss']:8.4f}",
@@ -84,8 +87,7 @@ class Reporter:
                     f"load {metrics[f'{noun}/max_over_mean']:5.2f} "
                     f"dead {metrics[f'{noun}/dead_share']:4.0%}"
                 )
-        done = step - self._first
-        left = (time.monotonic() - self._begin) / done * (self.steps - step)
+        left = (time.monotonic() - self._begin) / (step - self.first) * (self.steps - step)
         return "  ".join([*columns, f"left {duration(left)}"])
 
     def _draw(self, part: Part, noun: str, loads: StepLoads, step: int) -> None:
@@ -112,6 +114,13 @@ class Reporter:
     def close(self) -> None:
         self._file.close()
         self._board.close()
+
+
+def lines_until(path: Path, last: int) -> list[str]:
+    """The lines of a metrics file up to a step; a kill may have cut the very last one short."""
+    lines = path.read_text().splitlines(keepends=True) if path.is_file() else []
+    whole = [line for line in lines if line.endswith("}\n")]
+    return [line for line in whole if json.loads(line)["step"] <= last]
 
 
 def load_figure(by_layer: dict[int, Any], noun: str, step: int) -> Any:
