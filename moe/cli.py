@@ -28,6 +28,7 @@ COMMANDS = {
     "upcycle": ("moe.upcycle.command", "Turn a dense checkpoint into a mixture and prove it."),
     "data": ("moe.data.command", "Tokenise text into the files that training reads."),
     "train": ("moe.train.command", "Continue-train a model; under torchrun: -m moe.train."),
+    "export": ("moe.hf.export_command", "Training checkpoint to a Hugging Face folder."),
     "eval": ("moe.evals.command", "Evaluate with lm-evaluation-harness, beside baselines."),
     "inspect": ("moe.hf.inspect_command", "Architecture, parameters, routing and receipt."),
     "verify": ("moe.upcycle.verify_command", "Whether a folder still is what was written."),
@@ -76,6 +77,8 @@ def main() -> None:
     """Run the command; end our own errors in one line and their exit code."""
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")  # we fork workers
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
+    if not sys.stderr.isatty():
+        os.environ.setdefault("TQDM_DISABLE", "1")  # libraries' bars make a mess of a log
     try:
         app()
     except MoeError as error:
