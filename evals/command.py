@@ -2,6 +2,7 @@
 
 import json
 import logging
+import os
 from pathlib import Path
 from typing import Annotated
 
@@ -21,8 +22,8 @@ def run(
     suite: Annotated[str | None, typer.Option(help="A list of tasks shipped with moe.")] = None,
     include_path: Annotated[Path | None, typer.Option(help="Folder of more task files.")] = None,
     data: Annotated[Path | None, typer.Option(help="Folder that local_… tasks read.")] = None,
-    limit: Annotated[int | None, typer.Option(help="Items per task.")] = None,
-    batch_size: Annotated[int, typer.Option(help="Sequences per forward pass.")] = 8,
+    limit: Annotated[int | None, typer.Option(min=1, help="Items per task.")] = None,
+    batch_size: Annotated[int, typer.Option(min=1, help="Sequences per forward pass.")] = 8,
     baseline: Annotated[
         list[Path] | None, typer.Option(help="Model to hold it against; repeat for more.")
     ] = None,
@@ -31,17 +32,26 @@ def run(
     """Evaluate with lm-evaluation-harness, beside baselines if any are given."""
     if out.exists():
         raise UserError(f"{out} exists. Choose another --out, or remove it.")
-    if (tasks is None) == (suite is None):
+    parent = next(p for p in out.absolute().parents if p.exists())
+    if not (parent.is_dir() and os.access(parent, os.W_OK)):  # said now, not after the evaluation
+        raise UserError(f"--out {out}: {parent} is not a folder that can be written to.")
+    if include_path is not None and not include_path.is_dir():
+        raise UserError(f"--include-path {include_path} is not a folder.")
+    names = [name.strip() for name in (tasks or "").split(",") if name.strip()]
+    if bool(names) == bool(suite):
         raise UserError("give either --tasks or --suite.")
+    from moe.upcycle.source import read_config
+
+    models = [model, *(baseline or [])]
+    for folder in models:  # a baseline that is not there must not cost the first evaluation
+        read_config(folder)
     quiet_libraries()
     logging.getLogger("lm_eval").setLevel(logging.ERROR)
     from moe.evals import run as runner
 
-    names = tasks.split(",") if tasks else []
     if suite is not None:
         chosen = runner.suite(suite)
         names, limit = chosen["tasks"], limit or chosen.get("limit")
-    models = [model, *(baseline or [])]
     report = runner.evaluate(
         models, names, include_path, data, limit, batch_size,
         say=lambda text: typer.echo(text, err=True),

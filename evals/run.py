@@ -12,15 +12,18 @@ from pathlib import Path
 from typing import Any
 
 import yaml
-from lm_eval import simple_evaluate
+from lm_eval import evaluator, simple_evaluate
 from lm_eval.tasks import TaskManager
 
+from moe.checkpoint import manifest
 from moe.errors import UserError
 from moe.evals.adapter import MoeLM
-from moe.upcycle.receipt import NAME
+from moe.upcycle import receipt
 from moe.upcycle.source import hash_file
 
 ROOT = Path(__file__).parent
+# the harness asks git for the revision of the folder we stand in, which says "fatal" in any other
+evaluator.get_git_commit_hash = lambda: None
 
 
 def suite(name: str) -> dict[str, Any]:
@@ -43,11 +46,14 @@ def find_tasks(names: Sequence[str], include: Path | None, data: Path | None) ->
     if all(name in manager.all_tasks for name in names):
         return manager
     manager = TaskManager(include_path=paths, metadata=metadata)
+    problems = []
     for name in names:
         if name not in manager.all_tasks:
             close = difflib.get_close_matches(name, manager.all_tasks, n=3)
             hint = f"Closest: {', '.join(close)}." if close else "See --include-path."
-            raise UserError(f"task {name!r} does not exist. {hint}")
+            problems.append(f"task {name!r} does not exist. {hint}")
+    if problems:
+        raise UserError("\n".join(problems))
     return manager
 
 
@@ -101,10 +107,11 @@ def _offline(error: Exception, tasks: Sequence[str]) -> str:
 
 
 def identify(folder: Path) -> dict[str, Any]:
-    """Which model that was: hashes of its config and, where there is one, of its receipt."""
-    identity = {"path": str(folder), "config": hash_file(folder / "config.json")}
-    if (folder / NAME).is_file():
-        identity["receipt"] = hash_file(folder / NAME)
+    """Which model that was: hashes of its config and of what lists the hashes of its weights."""
+    identity = {"path": str(folder)}
+    for name in ("config.json", receipt.NAME, manifest.NAME):
+        if (folder / name).is_file():
+            identity[name.removesuffix(".json")] = hash_file(folder / name)
     return identity
 
 

@@ -49,6 +49,15 @@ OBSTACLES: dict[str, tuple[Any, ...]] = {
 }
 
 
+def require_family(field: str, value: Any) -> None:
+    """Raises UserError, naming the field and the families that work, where `value` is not one."""
+    if value not in FAMILIES:
+        raise UserError(
+            f"{field}={value!r} is not a LLaMA-like family. Families that can be upcycled: "
+            f"{', '.join(FAMILIES)}."
+        )
+
+
 def routed_config(dense: PreTrainedConfig) -> RoutedLlamaConfig:
     """The RoutedLlamaConfig that computes what `dense` computes, nothing routed yet.
 
@@ -58,15 +67,14 @@ def routed_config(dense: PreTrainedConfig) -> RoutedLlamaConfig:
     if isinstance(dense, RoutedLlamaConfig):
         return RoutedLlamaConfig.from_dict(dense.to_dict())
     family = dense.model_type
-    if family not in FAMILIES:
-        raise UserError(
-            f"model_type={family!r} is not a LLaMA-like family. Families that can be upcycled: "
-            f"{', '.join(FAMILIES)}."
-        )
+    require_family("model_type", family)
+    rope = getattr(dense, "rope_parameters", None) or {}  # transformers moves some fields there
     for field, harmless in OBSTACLES.items():
-        value = getattr(dense, field, None)
+        value = getattr(dense, field, rope.get(field))
         if value not in harmless:
-            advice = " Convert it with `moe import` first." if "quant" in field else ""
+            advice = (
+                " Save it dequantised, or import a GGUF file of it." if "quant" in field else ""
+            )
             raise UserError(
                 f"{field}={value!r} in the source's config has no counterpart here: the result "
                 f"would not be the same model.{advice}"

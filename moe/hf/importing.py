@@ -8,17 +8,15 @@ import time
 from pathlib import Path
 from typing import Any
 
-import numpy
 import torch
-from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedConfig, PreTrainedModel
 
-from moe.errors import UserError
+from moe.errors import MoeError, UserError
 from moe.hf.families import routed_config
-from moe.progress import quiet_libraries
+from moe.hf.gguf_file import read_gguf
 from moe.upcycle import writer
-from moe.upcycle.expression import Read
 from moe.upcycle.receipt import Receipt, seal, versions
-from moe.upcycle.source import Source, hash_file
+from moe.upcycle.recipes import unchanged
+from moe.upcycle.source import PICKLES, Source, hash_file
 
 
 def import_model(source: str, out: Path, dtype: torch.dtype | None = None) -> Receipt:
@@ -29,9 +27,14 @@ def import_model(source: str, out: Path, dtype: torch.dtype | None = None) -> Re
     path = Path(source)
     if path.is_file():
         if path.suffix != ".gguf":
+            advice = "Give the folder that holds it and its config.json."
+            if path.suffix in PICKLES:
+                advice = (
+                    "Pickled weights can run code when loaded: convert them where you trust them, "
+                    "with save_pretrained."
+                )
             raise UserError(
-                f"{path}: only GGUF files and folders of safetensors are read. Pickled weights can "
-                "run code when loaded: convert them where you trust them, with save_pretrained."
+                f"{path}: only GGUF files and folders of safetensors are read. {advice}"
             )
         return _import_gguf(path, out, dtype or torch.float32)
     return _import_folder(path if path.is_dir() else _download(source), source, out, dtype)
@@ -41,40 +44,31 @@ def _import_gguf(path: Path, out: Path, dtype: torch.dtype) -> Receipt:
     step = _step(str(path), {path.name: path}, dtype)
     staging = writer.Staging(out, writer.fingerprint({**step, "created": None}))
     staging.open()
-    quiet_libraries()
     try:
-        model: PreTrainedModel = AutoModelForCausalLM.from_pretrained(
-            path.parent, gguf_file=path.name, dtype=dtype, trust_remote_code=False
-        )
-        tokenizer = AutoTokenizer.from_pretrained(path.parent, gguf_file=path.name)
-    except Exception as error:  # the GGUF readers raise what they like over a bad file
+        model, tokenizer = read_gguf(path, dtype)
+        routed_config(model.config)  # says what stands in the way, if anything
+        with writer.disk_errors(staging):
+            model.save_pretrained(staging.folder, max_shard_size=writer.SHARD_BYTES)
+            tokenizer.save_pretrained(staging.folder)
+            return _publish(staging, step)
+    except MoeError:  # nothing in the folder could be of use to another run
         staging.discard()
-        reason = str(error).strip().split("\n")[0]
-        raise UserError(f"{path} cannot be read as a GGUF model: {reason}") from error
-    # the tensors are plain by now, but the config still says they are quantised
-    del model.config.quantization_config
-    model.hf_quantizer = None  # type: ignore[assignment]
-    _shorten_floats(model.config)
-    routed_config(model.config)  # says what stands in the way, if anything
-    with writer.disk_errors(staging):
-        model.save_pretrained(staging.folder, max_shard_size=writer.SHARD_BYTES)
-        tokenizer.save_pretrained(staging.folder)
-        return _publish(staging, step)
+        raise
 
 
 def _import_folder(folder: Path, name: str, out: Path, dtype: torch.dtype | None) -> Receipt:
     source = Source.open(folder)
-    routed_config(source.config)
+    plan = writer.cast(unchanged(source), dtype)
     step = _step(name, {n: folder / n for n in ("config.json", *source.files)}, dtype)
     staging = writer.Staging(out, writer.fingerprint({**step, "created": None}))
     staging.open()
-    plan = writer.cast({n: Read(t) for n, t in source.tensors.items()}, dtype)
     written = writer.write_weights(plan, [source], staging)
     with writer.disk_errors(staging):
         writer.copy_side_files(folder, staging.folder)
         config = json.loads((folder / "config.json").read_text())
         if dtype is not None:
             config["dtype"] = str(dtype).removeprefix("torch.")
+            config.pop("torch_dtype", None)  # the same field's older name
         (staging.folder / "config.json").write_text(json.dumps(config, indent=2) + "\n")
         return _publish(staging, step, written)
 
@@ -106,13 +100,6 @@ def _step(name: str, files: dict[str, Path], dtype: torch.dtype | None) -> dict[
         ],
         "created": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
     }
-
-
-def _shorten_floats(config: PreTrainedConfig) -> None:
-    """GGUF stores float32: write 1e-05 again instead of 9.999999747378752e-06."""
-    for name, value in config.to_dict().items():
-        if isinstance(value, float):
-            setattr(config, name, float(str(numpy.float32(value))))
 
 
 def write_both_ropes(path: Path) -> None:

@@ -4,21 +4,16 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from transformers import AutoConfig
-
-import moe.model  # noqa: F401  (registers RoutedLlama)
-from moe.errors import UserError
 from moe.hf.families import routed_config
 from moe.model import RoutedLlamaConfig
 from moe.model.accounting import parameter_counts
 from moe.upcycle.receipt import Receipt
+from moe.upcycle.source import read_config
 
 
 def inspect(folder: Path) -> dict[str, Any]:
     """Architecture, parameters, the routing of each layer, and the receipt, ready for JSON."""
-    if not (folder / "config.json").is_file():
-        raise UserError(f"{folder} has no config.json: it is not a model folder.")
-    source = AutoConfig.from_pretrained(folder, trust_remote_code=False)
+    source = read_config(folder)
     config = routed_config(source)
     total, active = parameter_counts(config)
     receipt = Receipt.read(folder)

@@ -186,7 +186,9 @@ def execute(
         write_both_ropes(staging.folder / "config.json")
         if request.verify:
             parent, target = source.folder, staging.folder
-            receipt.verification = verify(parent, target, request.text, conversion.exact)
+            receipt.verification = verify(
+                parent, target, request.text, conversion.exact, quiet=request.as_json
+            )
             if receipt.verification["status"] == "fail":
                 raise Corrupt(
                     f"{staging.folder} should compute what {source.folder} computes and does not: "

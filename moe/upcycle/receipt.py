@@ -15,6 +15,7 @@ import xxhash
 from moe.errors import Corrupt
 from moe.upcycle.expression import num_columns, num_rows
 from moe.upcycle.source import (
+    JOURNAL,
     StoredTensor,
     blocks,
     bytes_of,
@@ -25,7 +26,6 @@ from moe.upcycle.source import (
 )
 
 NAME = "receipt.json"
-JOURNAL = "journal.json"  # of a folder under construction
 
 
 @dataclass(kw_only=True, slots=True)

@@ -234,12 +234,7 @@ def convert(
                 f"dense {recipe.part}. Choose other layers with --layers, or another source."
             )
     config.dtype = dtype or config.dtype
-    plan: Plan = {
-        name: Read(tensor)
-        for name, tensor in source.tensors.items()
-        if not name.endswith("rotary_emb.inv_freq")  # old checkpoints store what is computed
-    }
-    _check_names(plan, routed_config(source.config), source)
+    plan = unchanged(source)
     if config.tie_word_embeddings:
         plan.pop("lm_head.weight", None)  # one tensor, stored once
     exact = recipe.apply(config, plan, chosen, seed)
@@ -255,6 +250,19 @@ def convert(
         statement=statement,
         warnings=recipe.warnings(),
     )
+
+
+def unchanged(source: Source) -> Plan:
+    """The plan that changes nothing. Raises Corrupt or UserError where the tensors are not those of
+    the config's model.
+    """
+    plan: Plan = {
+        name: Read(tensor)
+        for name, tensor in source.tensors.items()
+        if not name.endswith("rotary_emb.inv_freq")  # old checkpoints store what is computed
+    }
+    _check_names(plan, routed_config(source.config), source)
+    return plan
 
 
 def _check_names(plan: Plan, config: RoutedLlamaConfig, source: Source) -> None:

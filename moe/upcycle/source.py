@@ -20,9 +20,11 @@ from transformers import AutoConfig, PreTrainedConfig
 import moe.model  # noqa: F401  (registers RoutedLlama with AutoConfig)
 from moe.errors import Corrupt, UserError
 
-BLOCK_BYTES = 128 * 2**20
+BLOCK_BYTES = 32 * 2**20  # a sum or a draw in double precision takes up to 16 times as much
 MAX_HEADER_BYTES = 100 * 2**20
 INDEX = "model.safetensors.index.json"
+JOURNAL = "journal.json"  # of a folder under construction
+PARTIAL = ".partial"  # ends its name
 PICKLES = (".bin", ".pt", ".pth", ".ckpt", ".pkl")
 
 DTYPES = {
@@ -85,6 +87,31 @@ def read_header(path: Path) -> dict[str, StoredTensor]:
     return tensors
 
 
+def require_finished(folder: Path) -> None:
+    """Raises UserError where a folder is still under construction, however much is in it."""
+    if folder.resolve().name.endswith(PARTIAL) and (folder / JOURNAL).is_file():
+        raise UserError(
+            f"{folder} is unfinished: the command that wrote it was stopped. Run the same command "
+            "again, and it goes on."
+        )
+
+
+def read_config(folder: Path) -> PreTrainedConfig:
+    """A model folder's config. Raises UserError where there is none or it cannot be read."""
+    require_finished(folder)
+    if not (folder / "config.json").is_file():
+        what = "is not a folder" if not folder.is_dir() else "has no config.json"
+        raise UserError(f"{folder} {what}. Give a model folder; a GGUF file or hub id needs "
+                        "`moe import` first.")  # fmt: skip
+    try:
+        return AutoConfig.from_pretrained(folder, trust_remote_code=False)
+    except UserError:
+        raise
+    except Exception as error:  # transformers raises what it likes over a bad config
+        reason = str(error).strip().split("\n")[0]
+        raise UserError(f"{folder}/config.json cannot be read: {reason}") from error
+
+
 @dataclass(frozen=True)
 class Source:
     """A model folder: its config and its tensors, none of them loaded."""
@@ -96,17 +123,7 @@ class Source:
     @classmethod
     def open(cls, folder: Path) -> "Source":
         """Read the config and every header. Raises UserError or Corrupt, naming the file."""
-        if not (folder / "config.json").is_file():
-            what = "is not a folder" if not folder.is_dir() else "has no config.json"
-            raise UserError(f"{folder} {what}. Give a model folder; a GGUF file or hub id needs "
-                            "`moe import` first.")  # fmt: skip
-        try:
-            config = AutoConfig.from_pretrained(folder, trust_remote_code=False)
-        except UserError:
-            raise
-        except Exception as error:  # transformers raises what it likes over a bad config
-            reason = str(error).strip().split("\n")[0]
-            raise UserError(f"{folder}/config.json cannot be read: {reason}") from error
+        config = read_config(folder)
         tensors: dict[str, StoredTensor] = {}
         for path in weight_files(folder):
             tensors.update(read_header(path))

@@ -5,6 +5,7 @@ of 1e-5; where it does not, the numbers are stated and nothing is claimed.
 """
 
 import math
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -15,18 +16,20 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
 
 import moe.model  # noqa: F401  (registers RoutedLlama)
 from moe.errors import UserError
-from moe.model import RoutedLlamaForCausalLM
+from moe.model import LayerRouting, RoutedLlamaForCausalLM
 from moe.model.cache import CACHE
-from moe.progress import quiet_libraries
+from moe.progress import Progress, quiet_libraries
 
 WINDOWS = 8
 WINDOW = 256
 EXACT = 1e-5
 DECODED = 12
 
+RoutingSums = dict[tuple[int, str], list[Tensor]]  # (layer, part): counts, entropy, tokens
+
 
 def verify(
-    parent: Path, target: Path, text: Path | None = None, exact: bool = False
+    parent: Path, target: Path, text: Path | None = None, exact: bool = False, quiet: bool = False
 ) -> dict[str, Any]:
     """Compare `target` with `parent` and measure its routers; a JSON-ready record.
 
@@ -37,12 +40,12 @@ def verify(
     dense, routed = (load(folder) for folder in (parent, target))
     ids, name = windows(parent, text, dense.config.vocab_size)
     record: dict[str, Any] = {"text": name, "windows": list(ids.shape), "dtype": "float32"}
-    record |= compare(dense, routed, ids)
+    with Progress("verify", ids.numel(), "tokens", quiet) as progress:
+        record |= compare(dense, routed, ids, progress)
     record |= {"long": _long_window(dense, routed, ids)}
     record |= {"decoding": decoding_difference(routed, ids[:1, :64])}
     del dense
-    record |= measure_routing(routed, ids)
-    record["gradients"] = router_gradients(routed, ids[:2])
+    record["gradients"] = router_gradients(routed, ids[:1])
     if exact:
         passes = record["relative_difference"] <= EXACT
         record |= {"status": "pass" if passes else "fail", "bound": EXACT}
@@ -109,12 +112,18 @@ def _read(path: Path) -> str:
 
 
 @torch.no_grad()
-def compare(dense: PreTrainedModel, routed: PreTrainedModel, ids: Tensor) -> dict[str, Any]:
-    """Differences of logits, agreement of the most likely token, perplexity of both."""
+def compare(
+    dense: PreTrainedModel, routed: PreTrainedModel, ids: Tensor, progress: Progress
+) -> dict[str, Any]:
+    """Differences of logits, agreement of the most likely token, perplexity of both, and loads."""
     difference = norm = largest = agree = 0.0
     losses = {"parent": 0.0, "converted": 0.0}
+    sums: RoutingSums = {}
     for window in ids:
-        expected, actual = (m(window[None], use_cache=False).logits[0] for m in (dense, routed))
+        outputs = [m(window[None], use_cache=False) for m in (dense, routed)]
+        expected, actual = (output.logits[0] for output in outputs)
+        _add_routing(sums, getattr(outputs[1], "routing", ()))
+        progress.advance(window.numel())
         difference += (actual - expected).double().square().sum().item()
         norm += expected.double().square().sum().item()
         largest = max(largest, (actual - expected).abs().max().item())
@@ -127,6 +136,7 @@ def compare(dense: PreTrainedModel, routed: PreTrainedModel, ids: Tensor) -> dic
         "relative_difference": math.sqrt(difference / norm),
         "argmax_agreement": agree / count,
         "perplexity": {key: math.exp(loss / count) for key, loss in losses.items()},
+        "loads": _loads(sums),
     }
 
 
@@ -164,21 +174,17 @@ def decoding_difference(routed: PreTrainedModel, ids: Tensor) -> dict[str, Any]:
     return {"tokens": DECODED, "relative_difference": relative}
 
 
-@torch.no_grad()
-def measure_routing(routed: PreTrainedModel, ids: Tensor) -> dict[str, Any]:
+def _add_routing(sums: RoutingSums, routing: Sequence[LayerRouting]) -> None:
+    for layer, parts in enumerate(routing):
+        for part, load in zip(parts._fields, parts, strict=True):
+            if load is not None:
+                values = [load.counts, load.entropy, load.tokens]
+                earlier = sums.get((layer, part), [torch.zeros_like(v) for v in values])
+                sums[layer, part] = [a + b for a, b in zip(earlier, values, strict=True)]
+
+
+def _loads(sums: RoutingSums) -> list[dict[str, Any]]:
     """Load of every router: largest over mean, dead share, entropy as a share of its maximum."""
-    if not isinstance(routed, RoutedLlamaForCausalLM):
-        return {}
-    sums: dict[tuple[int, str], list[Tensor]] = {}
-    for window in ids:
-        routing = routed(window[None], use_cache=False).routing
-        for layer, parts in enumerate(routing):
-            for part, load in zip(parts._fields, parts, strict=True):
-                if load is not None:
-                    values = [load.counts, load.entropy, load.tokens]
-                    earlier = sums.get((layer, part))
-                    pairs = zip(earlier, values, strict=True) if earlier else None
-                    sums[layer, part] = [a + b for a, b in pairs] if pairs else values
     loads = []
     for (layer, part), (counts, entropy, tokens) in sorted(sums.items()):
         even = math.log(len(counts)) if len(counts) > 1 else 1.0
@@ -191,7 +197,7 @@ def measure_routing(routed: PreTrainedModel, ids: Tensor) -> dict[str, Any]:
                 "entropy_share": (entropy / tokens).item() / even,
             }
         )
-    return {"loads": loads}
+    return loads
 
 
 def router_gradients(routed: PreTrainedModel, ids: Tensor) -> list[dict[str, Any]]:

@@ -8,6 +8,7 @@ import typer
 
 from moe.errors import Corrupt, UserError
 from moe.upcycle.receipt import NAME, check
+from moe.upcycle.source import require_finished
 
 app = typer.Typer(add_completion=False)
 
@@ -20,6 +21,7 @@ def run(
     """Check hashes, shapes and finiteness. Exit 3 where something is damaged."""
     if not path.is_dir():
         raise UserError(f"{path} is not a folder.")
+    require_finished(path)
     if (path / "manifest.json").is_file():
         from moe.checkpoint.store import check as check_checkpoint
 

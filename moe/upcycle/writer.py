@@ -10,6 +10,7 @@ import errno
 import json
 import math
 import os
+import re
 import shutil
 import sys
 from collections.abc import Iterator
@@ -19,14 +20,17 @@ from typing import Any
 
 import torch
 import xxhash
+from safetensors import SafetensorError
 
 from moe.errors import UserError
 from moe.progress import Progress
 from moe.upcycle.expression import Expression, Read, num_columns, num_rows
-from moe.upcycle.receipt import JOURNAL, describe, hash_tensor
+from moe.upcycle.receipt import describe, hash_tensor
 from moe.upcycle.source import (
     CODES,
     INDEX,
+    JOURNAL,
+    PARTIAL,
     PICKLES,
     Source,
     blocks,
@@ -139,7 +143,7 @@ class Staging:
 
     def __init__(self, out: Path, fingerprint: str) -> None:
         self.out = out
-        self.folder = out.with_name(out.name + ".partial")
+        self.folder = out.with_name(out.name + PARTIAL)
         self.journal: dict[str, Any] = {"fingerprint": fingerprint, "files": {}, "tensors": {}}
 
     def open(self) -> bool:
@@ -219,6 +223,9 @@ def write_weights(
     files = shards(plan, sources)
     names = file_names(len(files))
     todo = [(n, s) for n, s in zip(names, files, strict=True) if not staging.finished(n)]
+    with disk_errors(staging):
+        for name, _ in todo:  # half a file is of no use, and takes room
+            (staging.folder / name).unlink(missing_ok=True)
     new_bytes = sum(s.size for _, s in todo if s.linked is None or not _same_disk(s, staging))
     free = shutil.disk_usage(staging.folder).free
     if new_bytes > free:
@@ -232,7 +239,6 @@ def write_weights(
     ):
         for name, shard in todo:
             path = staging.folder / name
-            path.unlink(missing_ok=True)
             if shard.linked is None:
                 entry, tensors = write_shard(path, shard.tensors, progress)
             else:
@@ -255,13 +261,21 @@ def disk_errors(staging: Staging) -> Iterator[None]:
         yield
     except (FileExistsError, NotADirectoryError) as error:
         raise UserError(f"{staging.out}: {error.filename} is not a folder.") from error
-    except OSError as error:
-        if error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES):
+    except (OSError, SafetensorError) as error:
+        code = _errno(error)
+        if code in (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES):
             raise UserError(
-                f"{staging.folder}: {os.strerror(error.errno).lower()}. Nothing was published; run "
+                f"{staging.folder}: {os.strerror(code).lower()}. Nothing was published; run "
                 "the same command again when there is room, and it goes on with the next file."
             ) from error
         raise
+
+
+def _errno(error: OSError | SafetensorError) -> int | None:
+    if isinstance(error, OSError):
+        return error.errno
+    found = re.search(r"os error (\d+)", str(error))  # safetensors keeps it in its text
+    return int(found[1]) if found else None
 
 
 def write_shard(
@@ -317,7 +331,7 @@ def _link(
             raise
         shutil.copyfile(real, path)
     entries = {}
-    for name, tensor in read_header(path).items():
+    for name, tensor in read_header(source).items():  # an error in it is to name the source
         entries[name] = describe(tensor, hash_tensor(tensor))
         progress.advance(tensor.size)
     return {"xxh3": hash_file(path), "bytes": path.stat().st_size}, entries
