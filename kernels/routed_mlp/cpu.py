@@ -2,16 +2,19 @@
 
 The rows of one expert stay in cache from the gather to the scatter, which wins once all pairs
 together no longer fit. Forward keeps only x and h, the up-projection's output; backward recomputes
-the activation and gets the weight's gradient from <dA, a>, so that y is never kept.
+the activation and gets the weight's gradient from <dA, a>, so that y is never kept. Intermediate
+rows live in one set of buffers that all experts use: fresh memory costs a page fault per 4 KB.
 
-T tokens, H hidden, I inner, D = 2I, E experts, K chosen, P = T·K pairs sorted by expert.
+T tokens, H hidden, I inner, D = 2I, E experts, K chosen, P = T·K pairs sorted by expert, N of them
+of one expert.
 """
 
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
-from torch.nn import functional as F
+
+aten = torch.ops.aten
 
 
 @dataclass(frozen=True, slots=True)
@@ -20,23 +23,28 @@ class Pairs:
 
     order_P: Tensor  # pair p of the sorted list is entry order[p] of the flattened [T, K]
     token_P: Tensor
-    bounds: list[int]  # expert e owns pairs bounds[e] to bounds[e + 1]
+    counts: list[int]  # pairs of each expert
 
-    def experts(self) -> list[tuple[int, slice]]:
-        """The experts that have tokens, with their pairs."""
-        spans = zip(self.bounds[:-1], self.bounds[1:], strict=True)
-        return [(e, slice(a, b)) for e, (a, b) in enumerate(spans) if b > a]
+    def experts(self) -> list[tuple[int, slice, Tensor]]:
+        """The experts that have tokens, with their pairs and these pairs' tokens."""
+        found, start = [], 0
+        for expert, token_N in enumerate(self.token_P.split(self.counts)):
+            if len(token_N):
+                found.append((expert, slice(start, start + len(token_N)), token_N))
+            start += len(token_N)
+        return found
+
+    def idle(self) -> list[int]:
+        """The experts that have none."""
+        return [expert for expert, count in enumerate(self.counts) if not count]
 
 
 def sort_pairs(indices_TK: Tensor, num_experts: int) -> Pairs:
     """Group the pairs by expert; one device-to-host copy of E numbers."""
     flat_P = indices_TK.reshape(-1)
     order_P = torch.argsort(flat_P, stable=True)
-    counts = torch.bincount(flat_P, minlength=num_experts).tolist()
-    bounds = [0]
-    for count in counts:
-        bounds.append(bounds[-1] + count)
-    return Pairs(order_P, order_P.div(indices_TK.shape[1], rounding_mode="floor"), bounds)
+    token_P = order_P.div(indices_TK.shape[1], rounding_mode="floor")
+    return Pairs(order_P, token_P, torch.bincount(flat_P, minlength=num_experts).tolist())
 
 
 def forward(
@@ -45,14 +53,17 @@ def forward(
     """Returns y [T, H] and h [P, D], which backward needs. Any float dtype."""
     pairs = sort_pairs(indices_TK, w1_EDH.shape[0])
     weight_P1 = weights_TK.reshape(-1)[pairs.order_P, None].to(x_TH.dtype)
+    w1_EHD, w2_EIH = w1_EDH.transpose(1, 2).unbind(0), w2_EHI.transpose(1, 2).unbind(0)
     y_TH = torch.zeros_like(x_TH)
     h_PD = x_TH.new_empty(len(pairs.order_P), w1_EDH.shape[1])
-    for expert, span in pairs.experts():
-        token_N = pairs.token_P[span]
-        h_ND = torch.mm(x_TH[token_N], w1_EDH[expert].T, out=h_PD[span])
-        gate_NI, up_NI = h_ND.chunk(2, dim=-1)
-        a_NI = F.silu(gate_NI).mul_(up_NI).mul_(weight_P1[span])
-        y_TH.index_add_(0, token_N, a_NI @ w2_EHI[expert].T)
+    most, (hidden, inner) = max(pairs.counts), w2_EHI.shape[1:]
+    x_MH, y_MH, a_MI = (x_TH.new_empty(most, n) for n in (hidden, hidden, inner))
+    for expert, span, token_N in pairs.experts():
+        count = len(token_N)
+        x_NH = torch.index_select(x_TH, 0, token_N, out=x_MH[:count])
+        h_ND = torch.mm(x_NH, w1_EHD[expert], out=h_PD[span])
+        a_NI = swiglu(h_ND, weight_P1[span], a_MI[:count])
+        y_TH.index_add_(0, token_N, torch.mm(a_NI, w2_EIH[expert], out=y_MH[:count]))
     return y_TH, h_PD
 
 
@@ -73,35 +84,62 @@ def backward(
     """
     pairs = sort_pairs(indices_TK, w1_EDH.shape[0])
     weight_P1 = weights_TK.reshape(-1)[pairs.order_P, None].to(x_TH.dtype)
+    w1, w2 = w1_EDH.unbind(0), w2_EHI.unbind(0)
     dx_TH = torch.zeros_like(x_TH) if need_x else x_TH.new_empty(0)
-    dw1_EDH = torch.zeros_like(w1_EDH) if need_weights else w1_EDH.new_empty(0)
-    dw2_EHI = torch.zeros_like(w2_EHI) if need_weights else w2_EHI.new_empty(0)
-    dweight_P = weights_TK.new_empty(weights_TK.numel())
-    for expert, span in pairs.experts():
-        token_N, weight_N1 = pairs.token_P[span], weight_P1[span]
-        dy_NH = dy_TH[token_N]
-        gate_NI, up_NI = h_PD[span].chunk(2, dim=-1)
-        da_NI = dy_NH @ w2_EHI[expert]
-        dh_ND, a_NI = swiglu_backward(gate_NI, up_NI, da_NI, weight_N1)
-        dweight_P[pairs.order_P[span]] = (da_NI * a_NI).sum(-1).to(dweight_P.dtype)
+    dw1_EDH = _gradient(w1_EDH, pairs) if need_weights else w1_EDH.new_empty(0)
+    dw2_EHI = _gradient(w2_EHI, pairs) if need_weights else w2_EHI.new_empty(0)
+    dweight_P = weight_P1.new_empty(len(weight_P1))
+    most, (hidden, inner) = max(pairs.counts), w2_EHI.shape[1:]
+    row_MH, dy_MH, dh_MD = (x_TH.new_empty(most, n) for n in (hidden, hidden, 2 * inner))
+    da_MI, a_MI = x_TH.new_empty(2, most, inner)
+    for expert, span, token_N in pairs.experts():
+        count = len(token_N)
+        a_NI, dh_ND = a_MI[:count], dh_MD[:count]
+        dy_NH = torch.index_select(dy_TH, 0, token_N, out=dy_MH[:count])
+        da_NI = torch.mm(dy_NH, w2[expert], out=da_MI[:count])
+        swiglu_backward(h_PD[span], weight_P1[span], da_NI, dh_ND, a_NI, dweight_P[span])
         if need_weights:
-            torch.mm(dy_NH.T, a_NI.mul_(weight_N1), out=dw2_EHI[expert])
-            torch.mm(dh_ND.T, x_TH[token_N], out=dw1_EDH[expert])
+            x_NH = torch.index_select(x_TH, 0, token_N, out=row_MH[:count])
+            torch.mm(dy_NH.T, a_NI, out=dw2_EHI[expert])
+            torch.mm(dh_ND.T, x_NH, out=dw1_EDH[expert])
         if need_x:
-            dx_TH.index_add_(0, token_N, dh_ND @ w1_EDH[expert])
-    return dx_TH, dw1_EDH, dw2_EHI, dweight_P.view_as(weights_TK)
+            dx_NH = torch.mm(dh_ND, w1[expert], out=row_MH[:count])
+            dx_TH.index_add_(0, token_N, dx_NH)
+    dweight_TK = torch.empty_like(weights_TK, memory_format=torch.contiguous_format)
+    dweight_TK.view(-1)[pairs.order_P] = dweight_P.to(weights_TK.dtype)
+    return dx_TH, dw1_EDH, dw2_EHI, dweight_TK
+
+
+def _gradient(weight_EDH: Tensor, pairs: Pairs) -> Tensor:
+    """Memory for a gradient that every expert with tokens writes in full."""
+    gradient_EDH = torch.empty_like(weight_EDH, memory_format=torch.contiguous_format)
+    for expert in pairs.idle():
+        gradient_EDH[expert].zero_()
+    return gradient_EDH
+
+
+def swiglu(h_ND: Tensor, weight_N1: Tensor, a_NI: Tensor) -> Tensor:
+    """a = weight · silu(gate) ⊙ up into a_NI, [gate; up] = h."""
+    gate_NI, up_NI = h_ND.chunk(2, dim=-1)
+    aten.silu.out(gate_NI, out=a_NI)
+    return a_NI.mul_(up_NI).mul_(weight_N1)
 
 
 def swiglu_backward(
-    gate_NI: Tensor, up_NI: Tensor, da_NI: Tensor, weight_N1: Tensor
-) -> tuple[Tensor, Tensor]:
-    """dh [N, 2I] for a = weight · silu(gate) ⊙ up given da, and silu(gate) ⊙ up itself."""
-    sigmoid_NI = torch.sigmoid(gate_NI)
-    silu_NI = gate_NI * sigmoid_NI
-    scaled_NI = da_NI * weight_N1
-    dh_ND = torch.cat(
-        # d silu(g)/dg = σ + silu · (1 - σ)
-        [scaled_NI * up_NI * torch.addcmul(sigmoid_NI, silu_NI, 1 - sigmoid_NI),
-         scaled_NI * silu_NI], dim=-1
-    )  # fmt: skip
-    return dh_ND, silu_NI.mul_(up_NI)
+    h_ND: Tensor,
+    weight_N1: Tensor,
+    da_NI: Tensor,
+    dh_ND: Tensor,
+    a_NI: Tensor,
+    dweight_N: Tensor,
+) -> None:
+    """For a = weight · silu(gate) ⊙ up: fills dh, a and the weight's gradient, overwrites da."""
+    gate_NI, up_NI = h_ND.chunk(2, dim=-1)
+    dgate_NI, dup_NI = dh_ND.chunk(2, dim=-1)
+    aten.silu.out(gate_NI, out=dup_NI)
+    torch.mul(dup_NI, up_NI, out=a_NI)
+    torch.sum(torch.mul(a_NI, da_NI, out=dgate_NI), dim=-1, out=dweight_N)
+    a_NI.mul_(weight_N1)
+    da_NI.mul_(weight_N1)
+    dup_NI.mul_(da_NI)
+    aten.silu_backward.grad_input(da_NI.mul_(up_NI), gate_NI, grad_input=dgate_NI)

@@ -6,11 +6,13 @@ algebra as cpu.py: keeps x and h, gets the weight's gradient from <dA, a>.
 T tokens, H hidden, I inner, D = 2I, E experts, K chosen, P = T·K pairs sorted by expert.
 """
 
+from dataclasses import dataclass
+
 import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from moe.kernels.routed_mlp.cpu import swiglu_backward
+from moe.kernels.routed_mlp.cpu import swiglu, swiglu_backward
 
 ALIGNMENT = 16  # bytes: grouped_mm refuses other strides
 
@@ -24,31 +26,47 @@ def fits(w1_EDH: Tensor, w2_EHI: Tensor) -> bool:
     return aligned and w1_EDH.dtype in (torch.float32, torch.bfloat16, torch.float16)
 
 
-def _sort_pairs(indices_TK: Tensor, num_experts: int) -> tuple[Tensor, Tensor, Tensor]:
-    """Order of the pairs by expert, their tokens, and where each expert ends (int32)."""
+@dataclass(frozen=True, slots=True)
+class Pairs:
+    """(token, expert) pairs sorted by expert, tokens ascending within each."""
+
+    order_P: Tensor  # pair p of the sorted list is entry order[p] of the flattened [T, K]
+    token_P: Tensor
+    place_TK: Tensor  # where each entry went in the sorted list
+    ends_E: Tensor  # int32: grouped_mm takes no other
+
+    def sum(self, y_PH: Tensor) -> Tensor:
+        """Sorted rows, summed over the K pairs of each token: [T, H]."""
+        if not len(self.place_TK):
+            return y_PH.new_empty(0, y_PH.shape[1])
+        return F.embedding_bag(self.place_TK, y_PH, mode="sum")  # gathers and sums in one pass
+
+
+def sort_pairs(indices_TK: Tensor, num_experts: int) -> Pairs:
+    """Group the pairs by expert; nothing is copied to the host."""
     flat_P = indices_TK.reshape(-1)
     order_P = torch.argsort(flat_P, stable=True)
-    ends_E = torch.bincount(flat_P, minlength=num_experts).cumsum(0).to(torch.int32)
-    return order_P, order_P.div(indices_TK.shape[1], rounding_mode="floor"), ends_E
-
-
-def _sum_pairs(y_PH: Tensor, order_P: Tensor, k: int) -> Tensor:
-    """Rows in sorted order, summed over the K pairs of each token: [T, H]."""
-    unsorted_PH = torch.empty_like(y_PH).index_copy_(0, order_P, y_PH)
-    return unsorted_PH.view(-1, k, y_PH.shape[1]).sum(1)
+    place_P = torch.empty_like(order_P)
+    place_P[order_P] = torch.arange(len(order_P), device=order_P.device)
+    return Pairs(
+        order_P,
+        order_P.div(indices_TK.shape[1], rounding_mode="floor"),
+        place_P.view_as(indices_TK),
+        torch.bincount(flat_P, minlength=num_experts).cumsum(0).to(torch.int32),
+    )
 
 
 def forward(
     x_TH: Tensor, w1_EDH: Tensor, w2_EHI: Tensor, indices_TK: Tensor, weights_TK: Tensor
 ) -> tuple[Tensor, Tensor]:
     """Returns y [T, H] and h [P, D], which backward needs."""
-    order_P, token_P, ends_E = _sort_pairs(indices_TK, w1_EDH.shape[0])
-    weight_P1 = weights_TK.reshape(-1)[order_P, None].to(x_TH.dtype)
-    h_PD = F.grouped_mm(x_TH[token_P], w1_EDH.transpose(1, 2), offs=ends_E)
-    gate_PI, up_PI = h_PD.chunk(2, dim=-1)
-    a_PI = F.silu(gate_PI).mul_(up_PI).mul_(weight_P1)
-    y_PH = F.grouped_mm(a_PI, w2_EHI.transpose(1, 2), offs=ends_E)
-    return _sum_pairs(y_PH, order_P, indices_TK.shape[1]), h_PD
+    pairs = sort_pairs(indices_TK, w1_EDH.shape[0])
+    weight_P1 = weights_TK.reshape(-1)[pairs.order_P, None].to(x_TH.dtype)
+    x_PH = x_TH.index_select(0, pairs.token_P)
+    h_PD = F.grouped_mm(x_PH, w1_EDH.transpose(1, 2), offs=pairs.ends_E)
+    a_PI = swiglu(h_PD, weight_P1, h_PD.new_empty(len(h_PD), w2_EHI.shape[2]))
+    y_PH = F.grouped_mm(a_PI, w2_EHI.transpose(1, 2), offs=pairs.ends_E)
+    return pairs.sum(y_PH), h_PD
 
 
 def backward(
@@ -63,19 +81,20 @@ def backward(
     need_weights: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Gradients of x, w1, w2 and the weights [T, K]; empty tensors for those not needed."""
-    order_P, token_P, ends_E = _sort_pairs(indices_TK, w1_EDH.shape[0])
-    weight_P1 = weights_TK.reshape(-1)[order_P, None].to(x_TH.dtype)
-    dy_PH = dy_TH[token_P]
-    gate_PI, up_PI = h_PD.chunk(2, dim=-1)
-    da_PI = F.grouped_mm(dy_PH, w2_EHI, offs=ends_E)
-    dh_PD, a_PI = swiglu_backward(gate_PI, up_PI, da_PI, weight_P1)
-    dweight_P = weights_TK.new_empty(weights_TK.numel())
-    dweight_P[order_P] = (da_PI * a_PI).sum(-1).to(dweight_P.dtype)
+    pairs = sort_pairs(indices_TK, w1_EDH.shape[0])
+    weight_P1 = weights_TK.reshape(-1)[pairs.order_P, None].to(x_TH.dtype)
+    dy_PH = dy_TH.index_select(0, pairs.token_P)
+    da_PI = F.grouped_mm(dy_PH, w2_EHI, offs=pairs.ends_E)
+    dh_PD, a_PI = torch.empty_like(h_PD), torch.empty_like(da_PI)
+    dweight_P = weight_P1.new_empty(len(weight_P1))
+    swiglu_backward(h_PD, weight_P1, da_PI, dh_PD, a_PI, dweight_P)
     dx_TH, dw1_EDH, dw2_EHI = (t.new_empty(0) for t in (x_TH, w1_EDH, w2_EHI))
     if need_weights:
-        dw2_EHI = F.grouped_mm(dy_PH.T, a_PI.mul_(weight_P1), offs=ends_E)
-        dw1_EDH = F.grouped_mm(dh_PD.T, x_TH[token_P], offs=ends_E)
+        x_PH = x_TH.index_select(0, pairs.token_P)
+        dw2_EHI = F.grouped_mm(dy_PH.T, a_PI, offs=pairs.ends_E)
+        dw1_EDH = F.grouped_mm(dh_PD.T, x_PH, offs=pairs.ends_E)
     if need_x:
-        dx_PH = F.grouped_mm(dh_PD, w1_EDH, offs=ends_E)
-        dx_TH = _sum_pairs(dx_PH, order_P, indices_TK.shape[1])
-    return dx_TH, dw1_EDH, dw2_EHI, dweight_P.view_as(weights_TK)
+        dx_TH = pairs.sum(F.grouped_mm(dh_PD, w1_EDH, offs=pairs.ends_E))
+    dweight_TK = torch.empty_like(weights_TK, memory_format=torch.contiguous_format)
+    dweight_TK.view(-1)[pairs.order_P] = dweight_P.to(weights_TK.dtype)
+    return dx_TH, dw1_EDH, dw2_EHI, dweight_TK
