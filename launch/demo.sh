@@ -68,6 +68,11 @@ collect_text() {
         esac
         "$PYTHON" -m pydoc "$topic" > "text.partial/$folder/$topic.txt"
     done
+    for file in text.partial/held-out/text/*.txt; do # some topics share one text
+        for name in text.partial/documentation/*; do
+            if cmp -s "$file" "$name"; then rm "$name"; fi
+        done
+    done
     mv text.partial text
 }
 
