@@ -3,6 +3,7 @@
 Exit codes: 0 done, 2 the request is wrong, 3 data is damaged, 85 preempted (start again to go on).
 """
 
+import gc
 import importlib
 import os
 import sys
@@ -54,10 +55,13 @@ def _register(name: str, module: str, help_line: str) -> None:
     """A command that hands its arguments to another application, imported at that moment."""
 
     def run(context: typer.Context) -> None:
+        # collecting while modules load, and what they left at the end, is a quarter of a start
+        gc.disable()
+        command = importlib.import_module(module).app
+        gc.freeze()
+        gc.enable()
         # standalone_mode would end the process inside; here errors must reach main()
-        code = importlib.import_module(module).app(
-            context.args, prog_name=f"moe {name}", standalone_mode=False
-        )
+        code = command(context.args, prog_name=f"moe {name}", standalone_mode=False)
         if isinstance(code, int) and code:
             raise typer.Exit(code)
 
@@ -90,6 +94,11 @@ def main() -> None:
     except BrokenPipeError:  # `moe ... | head`: the reader has gone, which is fine
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         sys.exit(0)
+    except OSError as error:
+        if error.filename is None:  # of no file that a user named
+            raise
+        print(f"error: {error.filename}: {error.strerror}", file=sys.stderr)
+        sys.exit(2)
 
 
 if __name__ == "__main__":

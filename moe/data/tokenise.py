@@ -52,10 +52,12 @@ def load_tokenizer(path: str) -> Any:
     """A transformers tokenizer from a model folder or hub id; never runs its code."""
     from transformers import AutoTokenizer, logging
 
+    import moe.model  # noqa: F401  (a RoutedLlama folder's config is read on the way)
+
     logging.set_verbosity_error()  # documents longer than the model's context are as it should be
     try:
         return AutoTokenizer.from_pretrained(path, trust_remote_code=False)
-    except (OSError, ValueError, KeyError) as error:
+    except (OSError, ValueError, KeyError, AttributeError) as error:
         raise UserError(
             f"{path} has no tokenizer that can be loaded: {error} "
             "Give a model folder that has tokenizer.json."

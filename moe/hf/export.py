@@ -98,7 +98,7 @@ def _write(
     staging.open()
     plan = writer.cast(plan, dtype)
     written = writer.write_weights(plan, sources, staging)
-    with writer.disk_errors(staging):
+    with writer.building(staging):
         writer.copy_side_files(path, staging.folder)
         (staging.folder / NAME).unlink(missing_ok=True)  # the checkpoint's, which this is not
         config.dtype = next(e.dtype for e in plan.values() if e.dtype.is_floating_point)

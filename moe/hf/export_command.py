@@ -16,7 +16,8 @@ def run(
     path: Annotated[Path, typer.Argument(help="Training checkpoint (step-N) or model folder.")],
     out: Annotated[Path, typer.Option(help="Folder to create.")],
     to: Annotated[
-        Literal["hf"], typer.Option(help="hf: a folder that transformers reads after import moe.")
+        Literal["hf"],
+        typer.Option(help="hf: what transformers reads after import moe.model."),
     ] = "hf",
     dtype: Annotated[
         Literal["float32", "bfloat16"] | None,

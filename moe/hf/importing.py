@@ -5,6 +5,7 @@ import_model("SmolLM2-135M-Instruct.Q4_1.gguf", Path("smollm2"), dtype=None)
 
 import json
 import time
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -47,7 +48,7 @@ def _import_gguf(path: Path, out: Path, dtype: torch.dtype) -> Receipt:
     try:
         model, tokenizer = read_gguf(path, dtype)
         routed_config(model.config)  # says what stands in the way, if anything
-        with writer.disk_errors(staging):
+        with writer.building(staging):
             model.save_pretrained(staging.folder, max_shard_size=writer.SHARD_BYTES)
             tokenizer.save_pretrained(staging.folder)
             return _publish(staging, step)
@@ -63,21 +64,25 @@ def _import_folder(folder: Path, name: str, out: Path, dtype: torch.dtype | None
     staging = writer.Staging(out, writer.fingerprint({**step, "created": None}))
     staging.open()
     written = writer.write_weights(plan, [source], staging)
-    with writer.disk_errors(staging):
+    with writer.building(staging):
         writer.copy_side_files(folder, staging.folder)
         config = json.loads((folder / "config.json").read_text())
         if dtype is not None:
             config["dtype"] = str(dtype).removeprefix("torch.")
             config.pop("torch_dtype", None)  # the same field's older name
         (staging.folder / "config.json").write_text(json.dumps(config, indent=2) + "\n")
-        return _publish(staging, step, written)
+        known = Receipt.read(folder)
+        return _publish(staging, step, written, known.steps if known else ())
 
 
 def _publish(
-    staging: writer.Staging, step: dict[str, Any], written: writer.Written | None = None
+    staging: writer.Staging,
+    step: dict[str, Any],
+    written: writer.Written | None = None,
+    earlier: Sequence[dict[str, Any]] = (),
 ) -> Receipt:
     write_both_ropes(staging.folder / "config.json")
-    receipt = Receipt(steps=[step])
+    receipt = Receipt(steps=[*earlier, step])
     if written is not None:
         receipt.files, receipt.tensors = written.files, written.tensors
     seal(staging.folder, receipt)

@@ -180,21 +180,26 @@ def execute(
     earlier = Receipt.read(source.folder)
     receipt = Receipt(steps=[*(earlier.steps if earlier else []), step])
     written = writer.write_weights(plan, [source], staging, quiet=request.as_json)
-    with writer.disk_errors(staging):
+    with writer.building(staging):
         writer.copy_side_files(source.folder, staging.folder)
-        conversion.config.save_pretrained(staging.folder)
-        write_both_ropes(staging.folder / "config.json")
+        # beside its place until it is verified: a folder without a config loads nowhere
+        config = staging.folder / "unverified"
+        conversion.config.save_pretrained(config)
+        write_both_ropes(config / "config.json")
         if request.verify:
             parent, target = source.folder, staging.folder
             receipt.verification = verify(
-                parent, target, request.text, conversion.exact, quiet=request.as_json
+                parent, target, request.text, conversion.exact, config, quiet=request.as_json
             )
             if receipt.verification["status"] == "fail":
                 raise Corrupt(
-                    f"{staging.folder} should compute what {source.folder} computes and does not: "
+                    f"{request.out} should compute what {source.folder} computes and does not: "
                     f"relative difference {receipt.verification['relative_difference']:.1e}, bound "
                     f"{receipt.verification['bound']:g}. Not published."
                 )
+        for path in config.iterdir():
+            path.rename(staging.folder / path.name)
+        config.rmdir()
         receipt.files, receipt.tensors = written.files, written.tensors
         seal(staging.folder, receipt)
         staging.publish()

@@ -6,7 +6,7 @@ tensor of any size passes through memory in slices.
 """
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Protocol
 
@@ -65,15 +65,29 @@ class Read:
         return self.tensor.name
 
 
-def _rows_of_parts(parts: Sequence[Expression], start: int, stop: int) -> Tensor:
-    pieces, first = [], 0
-    for part in parts:
+def pieces(expression: Expression, start: int, stop: int) -> Iterator[Tensor]:
+    """Rows start..stop one part after the other: `rows` without joining them.
+
+    A part that repeats the one before it is not evaluated again: its rows come once more.
+    """
+    if not isinstance(expression, Concat | Stack):
+        yield expression.rows(start, stop)
+        return
+    first, kept = 0, None
+    held: list[Tensor] = []
+    for part in expression.parts:
         length = num_rows(part.shape)
         low, high = max(start - first, 0), min(stop - first, length)
         if low < high:
-            pieces.append(part.rows(low, high))
+            if (part, low, high) != kept:
+                kept, held = (part, low, high), list(pieces(part, low, high))
+            yield from held
         first += length
-    return pieces[0] if len(pieces) == 1 else torch.cat(pieces)
+
+
+def _joined(parts: Iterator[Tensor]) -> Tensor:
+    blocks = list(parts)
+    return blocks[0] if len(blocks) == 1 else torch.cat(blocks)
 
 
 @dataclass(frozen=True, slots=True)
@@ -94,7 +108,7 @@ class Concat:
         return self.parts[0].dtype
 
     def rows(self, start: int, stop: int) -> Tensor:
-        return _rows_of_parts(self.parts, start, stop)
+        return _joined(pieces(self, start, stop))
 
     def __str__(self) -> str:
         return f"concat({', '.join(map(str, self.parts))})"
@@ -118,7 +132,7 @@ class Stack:
         return self.parts[0].dtype
 
     def rows(self, start: int, stop: int) -> Tensor:
-        return _rows_of_parts(self.parts, start, stop)
+        return _joined(pieces(self, start, stop))
 
     def __str__(self) -> str:
         if len(set(self.parts)) == 1:

@@ -123,7 +123,7 @@ class Copy:
 
     num_experts: int
     top_k: int
-    router_init: str | None = None  # normal:STD or zero; None: what `purpose` says
+    router_init: str | None = None  # normal:STD or zero; None: normal:0.02
     diversify: str = "none"  # none, noise:S, drop:R
     purpose: Purpose = "train"
 
@@ -267,8 +267,12 @@ def unchanged(source: Source) -> Plan:
 
 def _check_names(plan: Plan, config: RoutedLlamaConfig, source: Source) -> None:
     """The plan must make exactly the model's tensors, in its shapes."""
-    with torch.device("meta"):
-        wanted = RoutedLlamaForCausalLM(config).state_dict()
+    try:
+        with torch.device("meta"):
+            wanted = RoutedLlamaForCausalLM(config).state_dict()
+    except Exception as error:  # transformers raises what it likes over an odd field
+        reason = f"{type(error).__name__}: {error}"
+        raise UserError(f"{source.folder}/config.json describes no model ({reason}).") from error
     if config.tie_word_embeddings:
         wanted.pop("lm_head.weight", None)
     if missing := [n for n in wanted if n not in plan]:

@@ -152,7 +152,13 @@ def weight_files(folder: Path) -> list[Path]:
                 f"{folder}: {len(missing)} of {len(names)} shards are missing: "
                 f"{', '.join(missing[:3])}. Download them again."
             )
-        return [folder / n for n in names]
+        listed = [folder / n for n in names]
+        if strays := sorted(set(folder.glob("model*.safetensors")) - set(listed)):
+            raise UserError(
+                f"{strays[0]} is not in {INDEX}: readers disagree on which weights count. Remove "
+                "the one or the other."
+            )
+        return listed
     if (folder / "model.safetensors").is_file():
         return [folder / "model.safetensors"]
     if shards := sorted(folder.glob("*.safetensors")):
@@ -174,21 +180,18 @@ def read_rows(tensor: StoredTensor, start: int, stop: int) -> Tensor:
     Raises Corrupt where the values are not finite.
     """
     columns = tensor.shape[-1] if len(tensor.shape) > 1 else 1
-    row = columns * tensor.dtype.itemsize
-    buffer = bytearray((stop - start) * row)
+    block = torch.empty(stop - start, columns, dtype=tensor.dtype)
+    view, filled = bytes_of(block), 0
     with tensor.file.open("rb", buffering=0) as file:
-        file.seek(tensor.start + start * row)
-        view, filled = memoryview(buffer), 0
-        while filled < len(buffer):
+        file.seek(tensor.start + start * columns * tensor.dtype.itemsize)
+        while filled < len(view):
             count = file.readinto(view[filled:])
             if not count:
                 raise Corrupt(f"{tensor.file}: ends inside {tensor.name}.")
             filled += count
-    if not buffer:
-        return torch.empty(0, columns, dtype=tensor.dtype)
-    block = torch.frombuffer(buffer, dtype=tensor.dtype).view(-1, columns)
-    # a finite sum has only finite terms, and summing is several times faster than looking
-    if tensor.dtype.is_floating_point and not block.sum(dtype=torch.float64).isfinite():
+    # a finite sum has only finite terms, and summing is several times faster than looking; in the
+    # tensor's own dtype, for another one would copy the block. An overflow only means to look
+    if tensor.dtype.is_floating_point and not block.sum().isfinite():
         bad = int((~block.isfinite()).sum())
         if bad:
             raise Corrupt(f"{tensor.file}: {tensor.name} holds {bad} values that are not finite.")

@@ -12,10 +12,10 @@ from typing import Any
 import torch
 from torch import Tensor
 from torch.nn import functional as F
-from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
 
 import moe.model  # noqa: F401  (registers RoutedLlama)
-from moe.errors import UserError
+from moe.errors import Corrupt, UserError
 from moe.model import LayerRouting, RoutedLlamaForCausalLM
 from moe.model.cache import CACHE
 from moe.progress import Progress, quiet_libraries
@@ -29,19 +29,27 @@ RoutingSums = dict[tuple[int, str], list[Tensor]]  # (layer, part): counts, entr
 
 
 def verify(
-    parent: Path, target: Path, text: Path | None = None, exact: bool = False, quiet: bool = False
+    parent: Path,
+    target: Path,
+    text: Path | None = None,
+    exact: bool = False,
+    config: Path | None = None,
+    quiet: bool = False,
 ) -> dict[str, Any]:
     """Compare `target` with `parent` and measure its routers; a JSON-ready record.
 
     Both models are held in memory in float32. `text` is a text file that neither was fitted on;
-    without one, the Python documentation serves.
+    without one, the Python documentation serves. `config` is the folder of the target's config
+    where it is not `target`. Raises Corrupt where logits are not finite.
     """
     quiet_libraries()
-    dense, routed = (load(folder) for folder in (parent, target))
+    dense, routed = load(parent), load(target, config)
     ids, name = windows(parent, text, dense.config.vocab_size)
     record: dict[str, Any] = {"text": name, "windows": list(ids.shape), "dtype": "float32"}
     with Progress("verify", ids.numel(), "tokens", quiet) as progress:
         record |= compare(dense, routed, ids, progress)
+    if not math.isfinite(record["relative_difference"]):
+        raise Corrupt(f"logits of {parent} or of what was made of it are not finite.")
     record |= {"long": _long_window(dense, routed, ids)}
     record |= {"decoding": decoding_difference(routed, ids[:1, :64])}
     del dense
@@ -54,12 +62,18 @@ def verify(
     return record
 
 
-def load(folder: Path) -> PreTrainedModel:
-    """A model folder in float32. Raises UserError where its keys and the model's differ."""
+def load(folder: Path, config: Path | None = None) -> PreTrainedModel:
+    """A model folder in float32, its config in a folder of its own if `config` says so.
+
+    Raises UserError where its keys and the model's differ.
+    """
     model: PreTrainedModel
     info: dict[str, Any]
     model, info = AutoModelForCausalLM.from_pretrained(  # type: ignore[misc]
-        folder, dtype=torch.float32, output_loading_info=True, trust_remote_code=False
+        folder,
+        config=AutoConfig.from_pretrained(config or folder, trust_remote_code=False),
+        dtype=torch.float32,
+        output_loading_info=True,
     )
     for kind in ("missing_keys", "unexpected_keys", "mismatched_keys"):
         if info[kind]:

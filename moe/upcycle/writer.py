@@ -14,6 +14,7 @@ import re
 import shutil
 import sys
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -22,9 +23,9 @@ import torch
 import xxhash
 from safetensors import SafetensorError
 
-from moe.errors import UserError
+from moe.errors import Corrupt, UserError
 from moe.progress import Progress
-from moe.upcycle.expression import Expression, Read, num_columns, num_rows
+from moe.upcycle.expression import Expression, Read, num_columns, num_rows, pieces
 from moe.upcycle.receipt import describe, hash_tensor
 from moe.upcycle.source import (
     CODES,
@@ -41,6 +42,7 @@ from moe.upcycle.source import (
 )
 
 SHARD_BYTES = 4 * 2**30
+FLUSH_BYTES = 128 * 2**20  # the disk starts on what is written while more comes
 NOT_COPIED = {*PICKLES, ".safetensors", ".gguf", ".h5", ".msgpack", ".onnx", ".py"}
 OWN_FILES = {"config.json", "receipt.json", JOURNAL}
 NEW_JOURNAL = JOURNAL + ".new"
@@ -153,7 +155,7 @@ class Staging:
         """
         if self.out.exists():
             raise UserError(f"{self.out} exists. Choose another --out, or remove it.")
-        with disk_errors(self):
+        with building(self):
             self.out.parent.mkdir(parents=True, exist_ok=True)
             if self.folder.exists():
                 if self._continues():
@@ -223,7 +225,7 @@ def write_weights(
     files = shards(plan, sources)
     names = file_names(len(files))
     todo = [(n, s) for n, s in zip(names, files, strict=True) if not staging.finished(n)]
-    with disk_errors(staging):
+    with building(staging):
         for name, _ in todo:  # half a file is of no use, and takes room
             (staging.folder / name).unlink(missing_ok=True)
     new_bytes = sum(s.size for _, s in todo if s.linked is None or not _same_disk(s, staging))
@@ -234,7 +236,7 @@ def write_weights(
             f"{new_bytes / 1e9:.1f} GB. Free some space, or choose another --out."
         )
     with (
-        disk_errors(staging),
+        building(staging),
         Progress("write", sum(s.size for _, s in todo), "B", quiet) as progress,
     ):
         for name, shard in todo:
@@ -255,10 +257,13 @@ def write_weights(
 
 
 @contextlib.contextmanager
-def disk_errors(staging: Staging) -> Iterator[None]:
-    """A full or read-only disk in one line instead of a traceback."""
+def building(staging: Staging) -> Iterator[None]:
+    """A full or read-only disk in one line; nothing is kept of what turned out to be damaged."""
     try:
         yield
+    except Corrupt:
+        staging.discard()
+        raise
     except (FileExistsError, NotADirectoryError) as error:
         raise UserError(f"{staging.out}: {error.filename} is not a folder.") from error
     except (OSError, SafetensorError) as error:
@@ -295,23 +300,35 @@ def write_shard(
     text = json.dumps(header, separators=(",", ":")).encode()
     text += b" " * (-len(text) % 8)
     digest, entries = xxhash.xxh3_128(), {}
-    with path.open("wb") as file:
+    with path.open("wb") as file, ThreadPoolExecutor(2) as pool:
         start = len(text).to_bytes(8, "little") + text
-        file.write(start)
         digest.update(start)
+        pending = pool.submit(file.write, start)
+        flushing, flushed = pool.submit(os.fdatasync, file.fileno()), 0
         for name, e in tensors.items():
             own = xxhash.xxh3_128()
             for first, last in blocks(num_rows(e.shape), num_columns(e.shape), e.dtype):
-                data = bytes_of(e.rows(first, last))
-                file.write(data)
-                digest.update(data)
-                own.update(data)
-                progress.advance(data.nbytes)
+                for piece in pieces(e, first, last):
+                    _require_finite(name, piece)
+                    data = bytes_of(piece)
+                    pending.result()  # one block is written while the next is read and hashed
+                    if flushing.done() and file.tell() - flushed > FLUSH_BYTES:
+                        flushing, flushed = pool.submit(os.fdatasync, file.fileno()), file.tell()
+                    pending = pool.submit(file.write, data)
+                    digest.update(data)
+                    own.update(data)
+                    progress.advance(data.nbytes)
             dtype = str(e.dtype).removeprefix("torch.")
             entries[name] = {"xxh3": own.hexdigest(), "dtype": dtype, "shape": list(e.shape)}
+        pending.result()
         file.flush()
         os.fsync(file.fileno())
     return {"xxh3": digest.hexdigest(), "bytes": path.stat().st_size}, entries
+
+
+def _require_finite(name: str, block: torch.Tensor) -> None:
+    if block.is_floating_point() and not block.sum().isfinite() and not block.isfinite().all():
+        raise Corrupt(f"{name} would hold values that are not finite: see --diversify and --dtype.")
 
 
 def _same_disk(shard: Shard, staging: Staging) -> bool:

@@ -3,6 +3,7 @@
 import gzip
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -23,6 +24,7 @@ from moe.data.manifest import path_of, read_manifest, verify_files
 from moe.data.prepare import prepare
 from moe.data.sources import SourceOptions
 from moe.errors import Corrupt, UserError
+from moe.model import RoutedLlamaConfig
 
 ROOT = Path(__file__).resolve().parents[2]
 QUESTIONS = SourceOptions(text_fields=("question",))
@@ -310,3 +312,13 @@ def test_killed_in_the_middle_nothing_is_there_and_the_next_run_succeeds(
         read_manifest(tmp_path / "m")
     prepare([str(source)], tokenizer, tmp_path / "m", limit_documents=100, quiet=True)
     assert verify_files(tmp_path / "m").documents == 100
+
+
+def test_the_tokenizer_of_a_mixture_with_scaled_positions_loads(tokenizer, tmp_path):
+    rope = {"rope_type": "linear", "factor": 2.0, "rope_theta": 1e4}
+    folder = tmp_path / "mixture"
+    shutil.copytree(tokenizer, folder)
+    RoutedLlamaConfig(rope_parameters=rope, mlp={"kind": "dense"}).save_pretrained(folder)
+    (tmp_path / "a.txt").write_text("some text\n" * 50)
+    result = prepare([str(tmp_path / "a.txt")], str(folder), tmp_path / "out", quiet=True)
+    assert result.train.tokens > 50

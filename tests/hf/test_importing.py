@@ -304,3 +304,11 @@ def test_what_is_not_there_and_what_is_there_already(toy, dense, refused, tmp_pa
     for source in (toy[0], dense):
         assert "exists" in refused(2, source)
     assert not list((tmp_path / "out").iterdir())
+
+
+def test_the_history_of_a_folder_is_kept(dense, tmp_path):
+    options = ("--no-verify", "--out", tmp_path / "moh")
+    assert moe("upcycle", "moh", "--source", dense, *options).code == 0
+    assert moe("import", tmp_path / "moh", "--out", tmp_path / "out").code == 0
+    steps = json.loads((tmp_path / "out" / "receipt.json").read_text())["steps"]
+    assert [step["recipe"] for step in steps] == ["moh", "import"]

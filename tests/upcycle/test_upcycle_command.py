@@ -17,6 +17,7 @@ from transformers import AutoModelForCausalLM, LlamaConfig
 
 from moe.cli import main
 from moe.errors import Corrupt, UserError
+from moe.upcycle import command
 from moe.upcycle.receipt import Receipt
 from moe.upcycle.recipes import Copy, MoH
 
@@ -278,7 +279,7 @@ def test_missing_shards_are_named(sharded, refused, tmp_path):
 @pytest.mark.parametrize("recipe", ["moh", "copy"])
 @pytest.mark.parametrize("value", [float("nan"), float("inf")])
 def test_values_that_are_not_finite_name_the_tensor(recipe, value, source, moe_upcycle, tmp_path):
-    """Found while streaming, so that the unfinished folder remains; nothing is published."""
+    """Found while streaming; nothing is published, and nothing of it stays."""
     tensors = load_file(source / "model.safetensors")
     name = "model.layers.2.mlp.up_proj.weight"
     tensors[name][3, 5] = value
@@ -287,7 +288,43 @@ def test_values_that_are_not_finite_name_the_tensor(recipe, value, source, moe_u
     result = moe_upcycle(recipe, *options, "--source", source, "--out", tmp_path / "out")
     assert result.code == 3
     assert name in result.err and "model.safetensors" in result.err
-    assert not (tmp_path / "out").exists()
+    assert not list(tmp_path.glob("out*"))
+
+
+def test_what_is_drawn_must_be_finite_too(source, refused):
+    assert "experts" in refused(3, "copy", *COPY, "--source", source, "--diversify", "noise:1e300")
+
+
+def test_weights_that_readers_disagree_on_are_refused(source, refused, moe_upcycle, tmp_path):
+    tensors = load_file(source / "model.safetensors")
+    names = sorted(tensors)
+    index = {"weight_map": dict.fromkeys(names, "model-00001-of-00001.safetensors")}
+    (source / "model.safetensors.index.json").write_text(json.dumps(index))
+    shutil.copy(source / "model.safetensors", source / "model-00001-of-00001.safetensors")
+    assert "readers disagree" in refused(2, "moh", "--source", source)
+    (source / "model.safetensors").unlink()  # negative control
+    arguments = ("--source", source, "--out", tmp_path / "out", "--no-verify")
+    assert moe_upcycle("moh", *arguments).code == 0
+
+
+@pytest.mark.parametrize(("field", "value"), [("hidden_act", "foo"), ("vocab_size", -1)])
+def test_a_config_of_no_model_is_told_in_one_line(source, refused, field, value):
+    path = source / "config.json"
+    path.write_text(json.dumps({**json.loads(path.read_text()), field: value}))
+    assert "describes no model" in refused(2, "moh", "--source", source)
+
+
+def test_a_folder_is_no_model_before_it_is_verified(source, moe_upcycle, tmp_path, monkeypatch):
+    seen = []
+
+    def spy(parent, target, *args, **kwargs):
+        seen.append((target / "config.json").exists())
+        raise Corrupt("found wanting")
+
+    monkeypatch.setattr(command, "verify", spy)
+    result = moe_upcycle("moh", "--source", source, "--out", tmp_path / "out")
+    assert result.code == 3 and seen == [False]
+    assert not list(tmp_path.glob("out*"))
 
 
 def test_a_missing_tensor_is_named(source, refused):
