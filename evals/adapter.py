@@ -15,7 +15,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
 import moe.model  # noqa: F401  (registers RoutedLlama)
 from moe.checkpoint import store
 from moe.errors import Corrupt, UserError
-from moe.upcycle.source import read_config, weight_files
+from moe.upcycle.source import read_config, require_finite, weight_files
 
 
 class MoeLM(HFLM):
@@ -49,6 +49,7 @@ def load_model(folder: Path) -> PreTrainedModel:
     _check_keys(folder, missing, unexpected)
     # what is computed, not stored, is still on the meta device
     model.model.rotary_emb = type(model.model.rotary_emb)(config)
+    require_finite(folder, model.named_parameters())
     return model.eval()
 
 
@@ -65,6 +66,7 @@ def _load_folder(folder: Path) -> PreTrainedModel:
     except (OSError, ValueError) as error:
         raise UserError(f"{folder}: {str(error).strip().splitlines()[0]}") from error
     _check_keys(folder, info["missing_keys"], info["unexpected_keys"])
+    require_finite(folder, model.named_parameters())
     return model.eval()
 
 

@@ -57,6 +57,7 @@ def _export_checkpoint(path: Path, out: Path, dtype: torch.dtype | None) -> Rece
         "recipe": "train",
         "options": {"steps": progress["step"], "consumed_samples": progress["consumed_samples"]},
         "config": progress["config"],
+        "versions": progress.get("versions"),
     }
     hashes = {NAME: hash_file(path / NAME)}
     steps = [*progress.get("origin", []), trained, _step(path, hashes, dtype)]

@@ -28,8 +28,8 @@ from moe.progress import quiet_libraries
 from moe.train.loads import LoadMeter, StepLoads
 from moe.train.metrics import Reporter, peak_flops
 from moe.train.schedule import learning_rate
-from moe.upcycle.receipt import Receipt
-from moe.upcycle.source import Source
+from moe.upcycle.receipt import Receipt, versions
+from moe.upcycle.source import Source, require_finite
 from moe.upcycle.writer import copy_side_files
 
 BUFFERS = ".selection_bias"
@@ -46,7 +46,8 @@ def train(config: RunConfig) -> None:
 def load_model(source: Source) -> RoutedLlamaForCausalLM:
     """The model in float32. A dense folder trains as a RoutedLlama with nothing routed.
 
-    Raises UserError where the folder is not a whole model, or none of LLaMA's kind.
+    Raises UserError where the folder is not a whole model, or none of LLaMA's kind, Corrupt where
+    its values are not finite.
     """
     config = source.config
     if not isinstance(config, RoutedLlamaConfig):
@@ -57,6 +58,7 @@ def load_model(source: Source) -> RoutedLlamaForCausalLM:
     model, found = loaded
     if missing := sorted(found["missing_keys"]):
         raise UserError(f"model={source.folder} lacks {len(missing)} tensors such as {missing[0]}.")
+    require_finite(source.folder, model.named_parameters())
     return model
 
 
@@ -241,6 +243,7 @@ class Run:
             "consumed_samples": consumed,
             "updates": self.engine.updates,
             "origin": self.origin,
+            "versions": versions(),
             "reference": _plain(self.reference),
             "config": self.config.model_dump(mode="json"),
         }

@@ -7,7 +7,7 @@ the checkpoint's size. Nothing is trusted: sizes, offsets and names are checked 
 import json
 import math
 import os
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -196,6 +196,13 @@ def read_rows(tensor: StoredTensor, start: int, stop: int) -> Tensor:
         if bad:
             raise Corrupt(f"{tensor.file}: {tensor.name} holds {bad} values that are not finite.")
     return block
+
+
+def require_finite(folder: Path, tensors: Iterable[tuple[str, Tensor]]) -> None:
+    """Raise Corrupt where a loaded tensor holds values that are not finite."""
+    for name, tensor in tensors:
+        if not tensor.isfinite().all():
+            raise Corrupt(f"{folder}: {name} holds values that are not finite.")
 
 
 def bytes_of(block: Tensor) -> memoryview:

@@ -323,6 +323,8 @@ def test_models_that_cannot_be_trusted_are_refused(toys, written, tmp_path):
     lost = "model.layers.0.mlp.up_proj.weight"
     save_file({n: t for n, t in weights.items() if n != lost}, file, {"format": "pt"})
     assert lost in refused(2)
+    save_file({**weights, lost: weights[lost] / 0}, file, {"format": "pt"})
+    assert f"{lost} holds values that are not finite" in refused(3)
     file.write_bytes(sound[:-100])
     assert str(model) in refused(3)
     file.rename(model / "pytorch_model.bin")

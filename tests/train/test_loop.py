@@ -179,6 +179,10 @@ def damage(folder, kind: str) -> None:
             tensors = load_file(weights)
             del tensors["model.layers.0.mlp.router.weight"]
             save_file(tensors, weights, {"format": "pt"})
+        case "infinite":
+            tensors = load_file(weights)
+            tensors["model.norm.weight"][0] = math.inf
+            save_file(tensors, weights, {"format": "pt"})
         case "foreign":
             config = json.loads((folder / "config.json").read_text())
             (folder / "config.json").write_text(json.dumps({**config, "model_type": "gpt2"}))
@@ -191,6 +195,7 @@ def damage(folder, kind: str) -> None:
         ("truncated", Corrupt, r"model\.safetensors: truncated inside"),
         ("pickled", UserError, "pickled weights"),
         ("lacking", UserError, r"lacks 1 tensors such as model\.layers\.0\.mlp\.router\.weight"),
+        ("infinite", Corrupt, r"model\.norm\.weight holds values that are not finite"),
         ("foreign", UserError, "gpt2"),
     ],
 )
