@@ -47,9 +47,24 @@ class Receipt:
         if not path.is_file():
             return None
         try:
-            return cls(**json.loads(path.read_text()))
+            receipt = cls(**json.loads(path.read_text()))
+            _check_form(receipt)
         except (ValueError, TypeError) as error:
             raise Corrupt(f"{path}: not a receipt ({error}).") from error
+        return receipt
+
+
+def _check_form(receipt: Receipt) -> None:
+    """Raise ValueError where an entry is not what a writer of ours writes."""
+    if not isinstance(receipt.steps, list) or not all("recipe" in step for step in receipt.steps):
+        raise ValueError("steps is not a list of conversions")
+    for kind, keys in (("files", {"xxh3", "bytes"}), ("tensors", {"xxh3", "dtype", "shape"})):
+        entries = getattr(receipt, kind)
+        if not isinstance(entries, dict):
+            raise ValueError(f"{kind} is not a table")
+        for name, entry in entries.items():
+            if not isinstance(entry, dict) or not keys <= entry.keys():
+                raise ValueError(f"{kind} lacks {sorted(keys)} of {name}")
 
 
 def versions() -> dict[str, str]:

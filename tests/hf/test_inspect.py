@@ -165,6 +165,8 @@ def test_people_read_ranges_of_equal_layers(folders):
         ("receipt.json", "{oops", 3, "not a receipt"),
         ("receipt.json", '{"surprise": 1}', 3, "not a receipt"),
         ("receipt.json", "[]", 3, "not a receipt"),
+        ("receipt.json", '{"steps": "foo"}', 3, "not a list of conversions"),
+        ("receipt.json", '{"files": {"model.safetensors": {}}}', 3, "of model.safetensors"),
     ],
 )
 def test_folders_that_are_no_model_are_refused(name, text, code, message, tmp_path):
