@@ -1,6 +1,7 @@
 """The `moe` command: each subcommand lives in its room and is imported only when it is called.
 
-Exit codes: 0 done, 2 the request is wrong, 3 data is damaged, 85 preempted (start again to go on).
+Exit codes: 0 done, 1 training met a number that is not finite, 2 the request is wrong, 3 data is
+damaged.
 """
 
 import gc

@@ -20,9 +20,3 @@ class Corrupt(MoeError):
     """Data on disk is damaged or incomplete: a hash, a shape or a file is not what was written."""
 
     exit_code = 3
-
-
-class Preempted(MoeError):
-    """The run was asked to stop and saved its state: start it again to go on."""
-
-    exit_code = 85
