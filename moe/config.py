@@ -212,11 +212,31 @@ def _number(value: Any) -> Any:
 
 def parse(values: dict[str, Any], name: str) -> RunConfig:
     """A checked configuration from plain values; `name` is where they came from."""
+    values = _number(values)
     try:
-        return RunConfig.model_validate(_number(values))
+        return RunConfig.model_validate(values)
     except ValidationError as error:
-        lines = [line for e in error.errors() for line in _explain(e).split("\n")]
-        raise UserError(f"{name}: {len(lines)} problem(s)\n  " + "\n  ".join(lines)) from None
+        problems = error.errors()
+    lines = [line for e in problems for line in _explain(e).split("\n")]
+    lines += [line for line in _between(values, [e["loc"] for e in problems]) if line not in lines]
+    raise UserError(f"{name}: {len(lines)} problem(s)\n  " + "\n  ".join(lines))
+
+
+def _between(values: dict[str, Any], wrong: Sequence[Sequence[int | str]]) -> list[str]:
+    """Problems between keys, which pydantic looks for only where every key is right by itself:
+    those at `wrong` are put aside, and what is said about them too.
+    """
+    places = {".".join(map(str, place)) for place in wrong}
+    rest: dict[str, Any] = {"model": ".", "out": ".", "data": {"train": [{"path": "."}]}}
+    for section, given in values.items():
+        if isinstance(given, dict) and section != "data":
+            rest[section] = {k: v for k, v in given.items() if f"{section}.{k}" not in places}
+    try:
+        RunConfig.model_validate({k: v for k, v in rest.items() if k not in places})
+    except ValidationError as error:
+        found = [line for e in error.errors() if not e["loc"] for line in _explain(e).split("\n")]
+        return [line for line in found if not any(place and place in line for place in places)]
+    return []
 
 
 def _explain(problem: Any) -> str:

@@ -154,6 +154,20 @@ def test_all_problems_come_at_once(file) -> None:
     assert "3 problem(s)" in together
     for place in ("train.micro_batch_size=7", "schedule.warmup_steps=50", "schedule.decay_steps"):
         assert f"\n  {place}" in together
+    mixed = refuse(
+        file,
+        "train.micro_batch_size=7",
+        "train.steps=10",
+        "optimizer.lr=0",
+        "train.foo=1",
+        "seed=x",
+    )
+    assert "5 problem(s)" in mixed
+    assert "train.micro_batch_size=7 does not divide" in mixed
+    # a key that is wrong itself says nothing about the others
+    alone = refuse(file, "train.steps=x", "train.micro_batch_size=7")
+    assert "2 problem(s)" in alone
+    assert "warmup" not in alone
 
 
 def test_a_message_says_which_file_it_is_about(file) -> None:

@@ -1,14 +1,17 @@
 """Tiny models for tests: O(1) activations, odd head counts, every family."""
 
+import string
 from typing import Any
 
 import torch
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import (
     AutoModelForCausalLM,
     LlamaConfig,
     MistralConfig,
     PreTrainedConfig,
     PreTrainedModel,
+    PreTrainedTokenizerFast,
     Qwen2Config,
     Qwen3Config,
 )
@@ -16,6 +19,7 @@ from transformers import (
 from moe.hf.families import routed_config
 from moe.model import RoutedLlamaForCausalLM
 
+LETTERS = string.printable[:90]
 LLAMA3_ROPE = {
     "rope_type": "llama3",
     "rope_theta": 5e5,
@@ -100,3 +104,15 @@ def tokens(batch: int, length: int, seed: int = 0) -> torch.Tensor:
     """Random token ids [batch, length], none of them special."""
     generator = torch.Generator().manual_seed(seed)
     return torch.randint(3, 97, (batch, length), generator=generator)
+
+
+def tokenizer() -> PreTrainedTokenizerFast:
+    """A letter a token."""
+    vocabulary = {"<unk>": 0, "<s>": 1, "</s>": 2}
+    vocabulary |= {letter: i for i, letter in enumerate(LETTERS, start=3)}
+    letters = Tokenizer(models.WordLevel(vocabulary, unk_token="<unk>"))
+    letters.pre_tokenizer = pre_tokenizers.Split("", "isolated")
+    letters.decoder = decoders.Fuse()
+    return PreTrainedTokenizerFast(
+        tokenizer_object=letters, unk_token="<unk>", bos_token="<s>", eos_token="</s>"
+    )

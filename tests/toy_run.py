@@ -8,7 +8,6 @@ import contextlib
 import io
 import json
 import random
-import string
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -18,15 +17,12 @@ from unittest import mock
 import tiny
 import torch
 import yaml
-from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from torch.distributed.tensor import DTensor
-from transformers import PreTrainedTokenizerFast
 
 from moe.checkpoint import store
 from moe.config import RunConfig, load
 from moe.data.prepare import prepare
 
-LETTERS = string.printable[:90]
 SEQUENCE = 32
 
 ATTENTION = [tiny.MOH, tiny.TWO_STAGE, {"kind": "dense"}]
@@ -86,7 +82,7 @@ def make(folder: Path) -> Toys:
     model, data = folder / "model", folder / "data"
     dense = tiny.dense_model()
     tiny.routed_model(dense, ATTENTION, MLP).save_pretrained(model)
-    tokenizer().save_pretrained(model)
+    tiny.tokenizer().save_pretrained(model)
     (model / "additional_chat_templates").mkdir()
     (model / "additional_chat_templates" / "short.jinja").write_text("{{ messages }}")
     source = folder / "text.jsonl"
@@ -99,21 +95,9 @@ def texts(count: int) -> list[str]:
     """Stretches of the alphabet of any length: the next letter follows from the last."""
     draw = random.Random(0)
     return [
-        "".join(LETTERS[(begin + i) % 90] for i in range(draw.randint(3, 60)))
+        "".join(tiny.LETTERS[(begin + i) % 90] for i in range(draw.randint(3, 60)))
         for begin in (draw.randrange(90) for _ in range(count))
     ]
-
-
-def tokenizer() -> PreTrainedTokenizerFast:
-    """A letter a token."""
-    vocabulary = {"<unk>": 0, "<s>": 1, "</s>": 2}
-    vocabulary |= {letter: i for i, letter in enumerate(LETTERS, start=3)}
-    letters = Tokenizer(models.WordLevel(vocabulary, unk_token="<unk>"))
-    letters.pre_tokenizer = pre_tokenizers.Split("", "isolated")
-    letters.decoder = decoders.Fuse()
-    return PreTrainedTokenizerFast(
-        tokenizer_object=letters, unk_token="<unk>", bos_token="<s>", eos_token="</s>"
-    )
 
 
 def run(config: RunConfig, pictures: bool = False) -> str:

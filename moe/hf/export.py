@@ -15,6 +15,7 @@ from moe.checkpoint import store
 from moe.checkpoint.manifest import NAME, Manifest, TensorRecord
 from moe.errors import Corrupt, UserError
 from moe.hf.importing import write_both_ropes
+from moe.hf.inspect import checkpoint_steps
 from moe.upcycle import writer
 from moe.upcycle.expression import Concat, Expression, Read
 from moe.upcycle.receipt import Receipt, seal, versions
@@ -52,15 +53,7 @@ def _export_checkpoint(path: Path, out: Path, dtype: torch.dtype | None) -> Rece
         for key, record in manifest.tensors.items()
         if record.kind in ("parameter", "buffer")
     }
-    progress = manifest.progress
-    trained = {
-        "recipe": "train",
-        "options": {"steps": progress["step"], "consumed_samples": progress["consumed_samples"]},
-        "config": progress["config"],
-        "versions": progress.get("versions"),
-    }
-    hashes = {NAME: hash_file(path / NAME)}
-    steps = [*progress.get("origin", []), trained, _step(path, hashes, dtype)]
+    steps = [*checkpoint_steps(manifest), _step(path, {NAME: hash_file(path / NAME)}, dtype)]
     return _write(path, out, plan, [], steps, dtype)
 
 

@@ -7,6 +7,7 @@ refused here.
 """
 
 import contextlib
+import copy
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -15,10 +16,20 @@ import gguf
 import numpy
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedConfig, PreTrainedModel
+from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 
 from moe.errors import Corrupt, UserError
 from moe.hf.families import require_family
 from moe.progress import quiet_libraries
+
+ROPE_FACTORS = "rope_freqs.weight"
+# what Llama 3.1, 3.2 and 3.3 have in common; only the factor differs (8, 32, 8)
+LLAMA3_SCALING = {
+    "rope_type": "llama3",
+    "low_freq_factor": 1.0,
+    "high_freq_factor": 4.0,
+    "original_max_position_embeddings": 8192,
+}
 
 
 def read_gguf(path: Path, dtype: torch.dtype) -> tuple[PreTrainedModel, Any]:
@@ -46,6 +57,7 @@ def read_gguf(path: Path, dtype: torch.dtype) -> tuple[PreTrainedModel, Any]:
     except Exception as error:  # the GGUF readers raise what they like over a bad file
         reason = str(error).strip().split("\n")[0]
         raise UserError(f"{path} cannot be read as a GGUF model: {reason}") from error
+    _recover_scaling(reader, model.config)
     _check_tensors(path, reader, model)
     # the tensors are plain by now, but the config still says they are quantised
     if hasattr(model.config, "quantization_config"):
@@ -87,6 +99,27 @@ def _field(reader: gguf.GGUFReader, name: str) -> Any:
     return None if field is None else field.contents()
 
 
+def _recover_scaling(reader: gguf.GGUFReader, config: PreTrainedConfig) -> None:
+    """Put Llama 3's rope scaling back into the config: a GGUF file keeps its effect alone, one
+    factor per frequency. Where the factors are none of Llama 3's, the config is left as it is.
+    """
+    stored = [t for t in reader.tensors if t.name == ROPE_FACTORS]
+    if not stored:
+        return
+    factors = torch.tensor(stored[0].data, dtype=torch.float32)
+    scaled = copy.deepcopy(config)
+    scaled.rope_parameters = {
+        **config.rope_parameters,
+        **LLAMA3_SCALING,
+        "factor": float(factors.max()),
+    }
+    wanted, _ = ROPE_INIT_FUNCTIONS["llama3"](scaled)
+    exponent = torch.arange(len(wanted), dtype=torch.float32) / len(wanted)
+    plain = scaled.rope_parameters["rope_theta"] ** -exponent
+    if factors.shape == wanted.shape and torch.allclose(plain / factors, wanted, rtol=1e-4, atol=0):
+        config.rope_parameters = scaled.rope_parameters
+
+
 def _check_tensors(path: Path, reader: gguf.GGUFReader, model: PreTrainedModel) -> None:
     """The file must hold exactly the model's tensors, all of them finite."""
     config = model.config
@@ -97,6 +130,8 @@ def _check_tensors(path: Path, reader: gguf.GGUFReader, model: PreTrainedModel) 
     if config.tie_word_embeddings:
         wanted.discard("output.weight")
     stored = {tensor.name for tensor in reader.tensors}
+    if config.rope_parameters.get("rope_type") == "llama3":
+        stored.discard(ROPE_FACTORS)  # it is in the config
     if strange := sorted(stored - wanted):
         raise UserError(
             f"{path}: {len(strange)} tensors have no place in a {config.model_type} model, first "

@@ -4,6 +4,7 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
+from moe.checkpoint.manifest import Manifest, is_complete
 from moe.hf.families import routed_config
 from moe.model import RoutedLlamaConfig
 from moe.model.accounting import parameter_counts
@@ -17,6 +18,8 @@ def inspect(folder: Path) -> dict[str, Any]:
     config = routed_config(source)
     total, active = parameter_counts(config)
     receipt = Receipt.read(folder)
+    if is_complete(folder):  # a training checkpoint carries its model's history along
+        receipt = Receipt(steps=checkpoint_steps(Manifest.read(folder)))
     return {
         "model_type": source.model_type,
         "total_parameters": total,
@@ -24,6 +27,18 @@ def inspect(folder: Path) -> dict[str, Any]:
         "layers": [_layer(config, i) for i in range(config.num_hidden_layers)],
         "receipt": asdict(receipt) if receipt else None,
     }
+
+
+def checkpoint_steps(manifest: Manifest) -> list[dict[str, Any]]:
+    """The history of a checkpoint as steps of a receipt: its model's, then the training."""
+    progress = manifest.progress
+    trained = {
+        "recipe": "train",
+        "options": {"steps": progress["step"], "consumed_samples": progress["consumed_samples"]},
+        "config": progress["config"],
+        "versions": progress.get("versions"),
+    }
+    return [*progress.get("origin", []), trained]
 
 
 def _layer(config: RoutedLlamaConfig, index: int) -> dict[str, Any]:
@@ -64,7 +79,7 @@ def describe(folder: Path, found: dict[str, Any]) -> str:
     if receipt is None:
         return "\n".join([*lines, "  no receipt"])
     for number, step in enumerate(receipt["steps"], 1):
-        options = ", ".join(f"{k}={v}" for k, v in step["options"].items() if v is not None)
+        options = ", ".join(f"{k}={v}" for k, v in step.get("options", {}).items() if v is not None)
         lines.append(f"  step {number}: {step['recipe']} ({options})")
     if verified := receipt["verification"]:
         difference = verified["relative_difference"]

@@ -263,6 +263,8 @@ class Run:
         named, own = self.config.train.resume, store.latest(self.config.out)
         if named in ("auto", "never"):
             return own
+        if not Path(named).is_dir():
+            raise UserError(f"train.resume={named} is not a checkpoint folder, auto or never.")
         store.progress_of(Path(named))  # it must be one, whether it is still needed or not
         if own is None:
             return Path(named)

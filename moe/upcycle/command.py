@@ -1,6 +1,7 @@
 """`moe upcycle RECIPE`: options to a recipe, a plan to a folder, proof to a receipt."""
 
 import dataclasses
+import os
 import time
 from pathlib import Path
 from typing import Annotated, Any, Literal
@@ -15,6 +16,7 @@ from moe.upcycle import writer
 from moe.upcycle.receipt import Receipt, seal, versions
 from moe.upcycle.recipes import Conversion, Copy, MoH, Recipe, convert
 from moe.upcycle.source import Source, hash_file
+from moe.upcycle.tokenizer import keep_class
 from moe.upcycle.verify import summary, verify, windows
 
 app = typer.Typer(
@@ -26,7 +28,7 @@ SourceOption = Annotated[
     list[Path], typer.Option(help="Model folder: Llama, Mistral, Qwen2, Qwen3, or a RoutedLlama.")
 ]
 Out = Annotated[Path, typer.Option(help="Folder to create.")]
-Seed = Annotated[int, typer.Option(help="Of everything that is drawn.")]
+Seed = Annotated[int, typer.Option(min=0, help="Of everything that is drawn.")]
 Layers = Annotated[str | None, typer.Option(help="Layers to convert, like 0-3,7; default all.")]
 DtypeOption = Annotated[Dtype | None, typer.Option(help="Of the result; default the source's.")]
 Purpose = Annotated[
@@ -147,8 +149,10 @@ def run(recipe: Recipe, request: Request) -> None:
     dtype = getattr(torch, request.dtype) if request.dtype else None
     conversion = convert(source, recipe, request.seed, request.layers, dtype)
     plan = writer.cast(conversion.plan, dtype)
-    if request.out.exists():
+    if os.path.lexists(request.out):
         raise UserError(f"{request.out} exists. Choose another --out, or remove it.")
+    if request.out.resolve().is_relative_to(source.folder.resolve()):
+        raise UserError(f"--out {request.out} lies in the source's folder. Choose another.")
     for warning in conversion.warnings:
         typer.echo(f"warning: {warning}", err=True)
     if request.dry_run:
@@ -157,7 +161,7 @@ def run(recipe: Recipe, request: Request) -> None:
         return
     if request.verify:  # what would make it fail is said now, not after an hour of writing
         windows(source.folder, request.text, source.config.vocab_size)
-    receipt = execute(recipe, request, source, conversion, plan)
+    receipt = execute(request, source, conversion, plan)
     if request.as_json:
         typer.echo(json.dumps({"out": str(request.out), **dataclasses.asdict(receipt)}))
         return
@@ -168,11 +172,9 @@ def run(recipe: Recipe, request: Request) -> None:
     typer.echo(summary(receipt.verification) if receipt.verification else "not verified")
 
 
-def execute(
-    recipe: Recipe, request: Request, source: Source, conversion: Conversion, plan: writer.Plan
-) -> Receipt:
+def execute(request: Request, source: Source, conversion: Conversion, plan: writer.Plan) -> Receipt:
     """Write, verify, seal and publish. Raises Corrupt where a claim of exactness does not hold."""
-    step = describe_step(recipe, request, source, conversion)
+    step = describe_step(request, source, conversion)
     identity = {k: v for k, v in step.items() if k != "created"}
     staging = writer.Staging(request.out, writer.fingerprint(identity))
     if staging.open():
@@ -186,6 +188,7 @@ def execute(
         config = staging.folder / "unverified"
         conversion.config.save_pretrained(config)
         write_both_ropes(config / "config.json")
+        keep_class(source.folder, staging.folder, config)
         if request.verify:
             parent, target = source.folder, staging.folder
             receipt.verification = verify(
@@ -206,10 +209,9 @@ def execute(
     return receipt
 
 
-def describe_step(
-    recipe: Recipe, request: Request, source: Source, conversion: Conversion
-) -> dict[str, Any]:
+def describe_step(request: Request, source: Source, conversion: Conversion) -> dict[str, Any]:
     """The receipt's entry for this conversion."""
+    recipe = conversion.recipe
     return {
         "recipe": recipe.name,
         "options": {**dataclasses.asdict(recipe), "layers": request.layers, "dtype": request.dtype},

@@ -111,6 +111,14 @@ def seal(folder: Path, receipt: Receipt) -> None:
     receipt.write(folder)
 
 
+def unknown(folder: Path) -> list[str]:
+    """Names of the files in a folder that its receipt does not know: added later, unchecked."""
+    receipt = Receipt.read(folder)
+    known = {NAME, *(receipt.files if receipt else ())}
+    names = (p.relative_to(folder).as_posix() for p in folder.rglob("*") if p.is_file())
+    return sorted(set(names) - known) if receipt else []
+
+
 def check(folder: Path) -> list[str]:
     """What is wrong with a folder, one sentence each, naming file and tensor; empty where sound."""
     receipt = Receipt.read(folder)

@@ -11,7 +11,7 @@ import random
 import re
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any, ClassVar, Literal
+from typing import Any, ClassVar, Literal, Self
 
 import torch
 
@@ -22,6 +22,7 @@ from moe.upcycle.expression import Concat, Draw, Expression, Noise, Read, Redraw
 from moe.upcycle.source import Source
 
 Purpose = Literal["train", "serve"]
+MAX_EXPERTS = 4096  # a slip of the keyboard is not worth a plan of a million tensors
 ROUTER_STD = 0.02  # small, so that tokens spread: loads within ±30 % of even at 4 to 8 experts
 
 Plan = dict[str, Expression]
@@ -31,6 +32,7 @@ Plan = dict[str, Expression]
 class Conversion:
     """What a recipe asks the writer for, and what may be claimed about the result."""
 
+    recipe: "Recipe"  # with its defaults spelled out
     config: RoutedLlamaConfig
     plan: Plan
     exact: bool  # whether the method preserves the function, up to rounding
@@ -51,10 +53,8 @@ class MoH:
     granularity: Literal["head", "kv_group"] = "head"
     purpose: Purpose = "train"
 
-    def spec(self, config: RoutedLlamaConfig) -> AttentionSpec:
-        """The attention of a converted layer. Raises UserError where the numbers do not fit."""
-        heads, kv_heads = config.num_attention_heads, config.num_key_value_heads
-        assert kv_heads is not None
+    def resolved(self, config: RoutedLlamaConfig) -> Self:
+        """With every default spelled out. Raises UserError where the numbers do not fit."""
         units = self._units(config)
         shared = units // 2 if self.shared_heads is None else self.shared_heads
         if not 0 <= shared < units:
@@ -62,21 +62,28 @@ class MoH:
                 f"--shared-heads {shared}: of {units} {self._noun}, 0 to {units - 1} can be shared."
             )
         top_k = max(1, round(0.75 * units) - shared) if self.top_k is None else self.top_k
-        spec = AttentionSpec(
+        recipe = dataclasses.replace(self, shared_heads=shared, top_k=top_k)
+        kv_heads = config.num_key_value_heads
+        assert kv_heads is not None
+        if problems := recipe.spec().problems(config.num_attention_heads, kv_heads):
+            raise UserError("\n".join(problems))
+        return recipe
+
+    def spec(self) -> AttentionSpec:
+        """The attention of a converted layer, of a resolved recipe."""
+        assert self.shared_heads is not None and self.top_k is not None
+        return AttentionSpec(
             kind="moh",
             router=self.router,
-            shared_heads=tuple(range(shared)),
-            top_k=top_k,
+            shared_heads=tuple(range(self.shared_heads)),
+            top_k=self.top_k,
             granularity=self.granularity,
             balance_coef=0.01 if self.purpose == "train" else 0.0,
         )
-        if problems := spec.problems(heads, kv_heads):
-            raise UserError("\n".join(problems))
-        return spec
 
     def apply(self, config: RoutedLlamaConfig, plan: Plan, layers: Sequence[int], seed: int) -> str:
         """Route the heads of `layers` in place; returns the statement, empty where inexact."""
-        spec = self.spec(config)
+        spec = self.spec()
         routed = self._units(config) - len(spec.shared_heads)
         every = spec.top_k == routed
         _set_parts(config, "attention", layers, spec.to_dict())
@@ -94,7 +101,7 @@ class MoH:
         return "every head is on with weight 1" if every else ""
 
     def inexact(self, config: RoutedLlamaConfig) -> str:
-        spec, units = self.spec(config), self._units(config)
+        spec, units = self.spec(), self._units(config)
         shared = len(spec.shared_heads)
         return (
             f"{shared + spec.top_k} of {units} {self._noun} are on per token ({shared} always, "
@@ -127,26 +134,33 @@ class Copy:
     diversify: str = "none"  # none, noise:S, drop:R
     purpose: Purpose = "train"
 
-    def __post_init__(self) -> None:
+    def resolved(self, config: RoutedLlamaConfig) -> Self:
+        """With every default spelled out. Raises UserError with all that is impossible."""
+        recipe = dataclasses.replace(self, router_init=self.router_init or f"normal:{ROUTER_STD}")
         problems = []
-        if self.num_experts < 1:
-            problems.append(f"--num-experts {self.num_experts} must be at least 1.")
+        if not 1 <= self.num_experts <= MAX_EXPERTS:
+            problems.append(
+                f"--num-experts {self.num_experts} must be between 1 and {MAX_EXPERTS}."
+            )
         elif not 1 <= self.top_k <= self.num_experts:
             problems.append(f"--top-k {self.top_k} must be between 1 and {self.num_experts}.")
-        for parse in (self.router_std, self.diversity):
+        for parse in (recipe.router_std, recipe.diversity):
             try:
                 parse()
             except UserError as error:
                 problems.append(str(error))
         if problems:
             raise UserError("\n".join(problems))
+        return recipe
 
     def router_std(self) -> float:
         """Deviation of the drawn router rows; 0 for `zero`."""
-        text = self.router_init or f"normal:{ROUTER_STD}"
-        if text == "zero":
+        assert self.router_init is not None
+        if self.router_init == "zero":
             return 0.0
-        return _number(text, "--router-init", ("normal",), "normal:STD or zero", low=0.0)[1]
+        return _number(
+            self.router_init, "--router-init", ("normal",), "normal:STD or zero", low=0.0
+        )[1]
 
     def diversity(self) -> tuple[str, float]:
         """Method and amount by which the copies are told apart."""
@@ -223,16 +237,19 @@ def convert(
 ) -> Conversion:  # fmt: skip
     """Config and plan of `recipe` on `source`. Raises UserError where they do not go together."""
     config = routed_config(source.config)
-    chosen = parse_layers(layers, config.num_hidden_layers)
-    for layer in chosen:
-        spec = (
-            config.attention_spec(layer) if recipe.part == "attention" else config.mlp_spec(layer)
-        )
-        if spec.kind != "dense":
-            raise UserError(
-                f"layer {layer} already has {spec.kind} {recipe.part}: `{recipe.name}` converts "
-                f"dense {recipe.part}. Choose other layers with --layers, or another source."
-            )
+    chosen: list[int] = []
+    problems: list[str] = []
+    try:
+        chosen = parse_layers(layers, config.num_hidden_layers)
+        _require_dense(config, recipe, chosen)
+    except UserError as error:
+        problems.append(str(error))
+    try:
+        recipe = recipe.resolved(config)
+    except UserError as error:
+        problems.append(str(error))
+    if problems:
+        raise UserError("\n".join(problems))
     config.dtype = dtype or config.dtype
     plan = unchanged(source)
     if config.tie_word_embeddings:
@@ -244,11 +261,35 @@ def convert(
     if dtype and any(torch.promote_types(e.dtype, dtype) != dtype for e in plan.values()):
         exact, statement = "", f"{statement}; weights are rounded to {str(dtype)[6:]}"
     return Conversion(
+        recipe=recipe,
         config=config,
         plan=plan,
         exact=bool(exact),
         statement=statement,
-        warnings=recipe.warnings(),
+        warnings=(*_left_behind(source), *recipe.warnings()),
+    )
+
+
+def _require_dense(config: RoutedLlamaConfig, recipe: Recipe, layers: Sequence[int]) -> None:
+    """What a recipe converts must be dense still."""
+    for layer in layers:
+        spec = (
+            config.attention_spec(layer) if recipe.part == "attention" else config.mlp_spec(layer)
+        )
+        if spec.kind != "dense":
+            raise UserError(
+                f"layer {layer} already has {spec.kind} {recipe.part}: `{recipe.name}` converts "
+                f"dense {recipe.part}. Choose other layers with --layers, or another source."
+            )
+
+
+def _left_behind(source: Source) -> tuple[str, ...]:
+    """What a source brings that a result cannot take along."""
+    if not getattr(source.config, "auto_map", None):
+        return ()
+    return (
+        f"{source.folder}/config.json names code of its own (auto_map): it was not run, the model "
+        f"is taken for a plain {source.config.model_type}, and the result does without it.",
     )
 
 

@@ -12,13 +12,14 @@ from typing import Any
 import torch
 from torch import Tensor
 from torch.nn import functional as F
-from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
+from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 
 import moe.model  # noqa: F401  (registers RoutedLlama)
 from moe.errors import Corrupt, UserError
 from moe.model import LayerRouting, RoutedLlamaForCausalLM
 from moe.model.cache import CACHE
 from moe.progress import Progress, quiet_libraries
+from moe.upcycle.tokenizer import load_tokenizer
 
 WINDOWS = 8
 WINDOW = 256
@@ -45,6 +46,9 @@ def verify(
     quiet_libraries()
     dense, routed = load(parent), load(target, config)
     ids, name = windows(parent, text, dense.config.vocab_size)
+    converted, _ = windows(target, text, routed.config.vocab_size, config)
+    if not torch.equal(ids, converted):
+        raise Corrupt(f"the tokenizer of {parent} splits {name} differently than the result's own.")
     record: dict[str, Any] = {"text": name, "windows": list(ids.shape), "dtype": "float32"}
     with Progress("verify", ids.numel(), "tokens", quiet) as progress:
         record |= compare(dense, routed, ids, progress)
@@ -83,11 +87,17 @@ def load(folder: Path, config: Path | None = None) -> PreTrainedModel:
     return model.eval()
 
 
-def windows(folder: Path, text: Path | None, vocab_size: int) -> tuple[Tensor, str]:
-    """Token ids [windows, length] spread over the text, and what the text was."""
+def windows(
+    folder: Path, text: Path | None, vocab_size: int, config: Path | None = None
+) -> tuple[Tensor, str]:
+    """Token ids [windows, length] spread over the text, and what the text was.
+
+    `config` is the folder of the model's config, where that is not `folder`: it decides which class
+    of tokenizer transformers takes.
+    """
     content, name = default_text() if text is None else (_read(text), text.name)
     try:
-        tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
+        tokenizer = load_tokenizer(folder, config)
     except Exception as error:  # transformers raises what it likes over a bad tokenizer
         reason = str(error).strip().split("\n")[0].rstrip(".:")
         raise UserError(

@@ -7,7 +7,7 @@ from typing import Annotated
 import typer
 
 from moe.errors import Corrupt, UserError
-from moe.upcycle.receipt import NAME, check
+from moe.upcycle.receipt import NAME, check, unknown
 from moe.upcycle.source import require_finished
 
 app = typer.Typer(add_completion=False)
@@ -22,16 +22,20 @@ def run(
     if not path.is_dir():
         raise UserError(f"{path} is not a folder.")
     require_finished(path)
+    added: list[str] = []
     if (path / "manifest.json").is_file():
         from moe.checkpoint.store import check as check_checkpoint
 
         problems, against = check_checkpoint(path), "manifest.json"
     else:
-        problems = check(path)
+        problems, added = check(path), unknown(path)
         against = NAME if (path / NAME).is_file() else "their headers alone (there is no receipt)"
     if as_json:
-        typer.echo(json.dumps({"path": str(path), "sound": not problems, "problems": problems}))
+        found = {"path": str(path), "sound": not problems, "problems": problems, "unknown": added}
+        typer.echo(json.dumps(found))
         raise typer.Exit(3 if problems else 0)
     if problems:
         raise Corrupt("\n".join(problems))
     typer.echo(f"{path}: sound, checked against {against}")
+    if added:
+        typer.echo(f"not in the receipt, so not checked: {', '.join(added)}")

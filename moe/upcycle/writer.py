@@ -51,6 +51,10 @@ TEMPLATES = "additional_chat_templates"  # where transformers keeps all but the 
 Plan = dict[str, Expression]
 
 
+class Overflow(UserError):
+    """What was asked for (noise, a narrower dtype) does not fit the numbers of the result."""
+
+
 @dataclass(frozen=True, slots=True)
 class Shard:
     """One file to be: linked to a source's file, or written from expressions."""
@@ -258,10 +262,10 @@ def write_weights(
 
 @contextlib.contextmanager
 def building(staging: Staging) -> Iterator[None]:
-    """A full or read-only disk in one line; nothing is kept of what turned out to be damaged."""
+    """A full or read-only disk in one line; nothing is kept of what can never be finished."""
     try:
         yield
-    except Corrupt:
+    except (Corrupt, Overflow):
         staging.discard()
         raise
     except (FileExistsError, NotADirectoryError) as error:
@@ -328,7 +332,10 @@ def write_shard(
 
 def _require_finite(name: str, block: torch.Tensor) -> None:
     if block.is_floating_point() and not block.sum().isfinite() and not block.isfinite().all():
-        raise Corrupt(f"{name} would hold values that are not finite: see --diversify and --dtype.")
+        raise Overflow(
+            f"{name} would hold values that are not finite. Use a smaller --diversify noise, or "
+            "--dtype float32."
+        )
 
 
 def _same_disk(shard: Shard, staging: Staging) -> bool:

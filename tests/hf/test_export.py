@@ -105,6 +105,9 @@ def test_the_receipt_tells_the_whole_history(tmp_path):
     steps = json.loads((tmp_path / "out/receipt.json").read_text())["steps"]
     assert [s["recipe"] for s in steps] == ["moh", "train", "export"]
     assert steps[1]["options"] == {"steps": 7, "consumed_samples": 56}
+    inspected = json.loads(moe("inspect", checkpoint, "--json").out)
+    assert inspected["receipt"]["steps"] == steps[:2]
+    assert "step 2: train (steps=7" in moe("inspect", checkpoint).out
     again = moe("export", tmp_path / "out", "--out", tmp_path / "again")
     assert again.code == 0, again.err
     steps = json.loads((tmp_path / "again/receipt.json").read_text())["steps"]

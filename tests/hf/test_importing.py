@@ -1,6 +1,7 @@
 """`moe import`: GGUF files and folders become folders of safetensors, or nothing at all."""
 
 import json
+import math
 import pickle
 import shutil
 from pathlib import Path
@@ -16,6 +17,7 @@ from safetensors.torch import load_file, save_file
 from toy_gguf import toy_tokenizer, unpermute, write_toy_gguf
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
+from moe.hf.gguf_file import ROPE_FACTORS
 from moe.upcycle.receipt import Receipt
 from moe.upcycle.source import hash_file
 
@@ -135,8 +137,12 @@ def test_the_receipt_names_the_file_and_verify_checks_it(toy, tmp_path):
     assert step["sources"][0]["files"]["toy.gguf"]["xxh3"] == hash_file(path)
     assert receipt.tensors.keys() == weights.keys()
     assert {"config.json", "tokenizer.json", "chat_template.jinja"} < receipt.files.keys()
-    assert moe("verify", out).code == 0
+    sound = moe("verify", out)
+    assert sound.code == 0 and "not in the receipt" not in sound.out
     copy = Path(shutil.copytree(out, tmp_path / "copy"))
+    (copy / "notes.txt").write_text("mine")
+    added = moe("verify", copy)
+    assert added.code == 0 and "not in the receipt, so not checked: notes.txt" in added.out
     data = bytearray((copy / "model.safetensors").read_bytes())
     data[-5] ^= 1
     (copy / "model.safetensors").write_bytes(data)
@@ -205,6 +211,29 @@ def rewritten(path: Path, target: Path, fields=(), drop=(), extra=()) -> Path:
 def test_what_the_result_could_not_hold_is_refused(change, code, message, toy, refused, tmp_path):
     """transformers drops these without a word, or draws what is missing."""
     assert message in refused(code, rewritten(toy[0], tmp_path / "bad.gguf", **change))
+
+
+@pytest.mark.parametrize("factor", [8.0, 32.0])
+def test_the_rope_scaling_of_llama_3_is_recovered(factor, toy, tmp_path):
+    """llama.cpp's converter keeps it as factors, by the formula of its own, written out here."""
+    theta, size, factors = toy_gguf.ROPE_THETA, 32, []
+    for i in range(0, size, 2):
+        wavelength = 2 * math.pi * theta ** (i / size)
+        smooth = (8192 / wavelength - 1) / (4 - 1)
+        if wavelength < 8192 / 4:
+            factors.append(1.0)
+        elif wavelength > 8192:
+            factors.append(factor)
+        else:
+            factors.append(1 / ((1 - smooth) / factor + smooth))
+    assert 1 < sorted(set(factors))[1] < factor  # one in between
+    scaled = rewritten(toy[0], tmp_path / "scaled.gguf", extra=[(ROPE_FACTORS, factors)])
+    assert moe("import", scaled, "--out", tmp_path / "out").code == 0
+    model = AutoModelForCausalLM.from_pretrained(tmp_path / "out")
+    expected = [theta ** (-i / size) for i in range(0, size, 2)] / numpy.asarray(factors)
+    numpy.testing.assert_allclose(model.model.rotary_emb.inv_freq, expected, rtol=1e-5)
+    assert model.config.rope_parameters["factor"] == factor
+    assert model.config.rope_parameters["rope_theta"] == theta
 
 
 def test_rewriting_alone_breaks_nothing(toy, tmp_path):

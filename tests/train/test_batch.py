@@ -27,7 +27,7 @@ def additive(toys, tmp_path_factory) -> toy_run.Toys:
         for parts in (toy_run.ATTENTION, toy_run.MLP)
     )
     tiny.routed_model(tiny.dense_model(), attention, mlp).save_pretrained(folder)
-    toy_run.tokenizer().save_pretrained(folder)
+    tiny.tokenizer().save_pretrained(folder)
     return toy_run.Toys(folder, toys.data)
 
 

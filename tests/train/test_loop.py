@@ -158,7 +158,7 @@ def test_step_that_is_not_finite_stops_with_nothing_updated(toys, tmp_path, brok
 def test_dense_folder_trains_with_nothing_routed(toys, tmp_path) -> None:
     folder = tmp_path / "dense"
     tiny.dense_model().save_pretrained(folder)
-    toy_run.tokenizer().save_pretrained(folder)
+    tiny.tokenizer().save_pretrained(folder)
     dense = toy_run.Toys(folder, toys.data)
     printed = toy_run.run(dense.config(tmp_path / "run", "train.steps=2"))
     assert len(toy_run.metrics(tmp_path / "run")) == 2

@@ -167,7 +167,7 @@ def test_checkpoint_goes_to_another_folder_by_name_and_more_steps_go_on(
     [
         ("train.global_batch_size=16", r"trained with train\.global_batch_size=8, not 16"),
         ("train.trainable=['*.experts.*']", r"not in the model.*train\.trainable"),
-        ("train.resume=runs/none", r"runs/none has no manifest\.json"),
+        ("train.resume=runs/none", r"train\.resume=runs/none is not a checkpoint folder"),
         ("train.resume={out}/checkpoints/step-2", r"step-4 is\. Choose another out to branch off"),
     ],
 )

@@ -1,7 +1,7 @@
 """Dense checkpoints on disk with a tokenizer, and one call to upcycle them."""
 
+import functools
 import shutil
-import string
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -9,14 +9,11 @@ from typing import Any
 import pytest
 import tiny
 import torch
+from invoke import Result, moe
 from safetensors.torch import load_file
-from tokenizers import Tokenizer, decoders, models, pre_tokenizers
-from transformers import PreTrainedTokenizerFast
 
 from moe.upcycle.command import Request, run
 from moe.upcycle.recipes import Recipe
-
-LETTERS = string.printable[:90]
 
 
 @pytest.fixture(scope="session")
@@ -27,7 +24,7 @@ def dense(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path]:
     def folder(family: str) -> Path:
         if not (path := root / family).exists():
             tiny.dense_model(family).save_pretrained(path)
-            _tokenizer().save_pretrained(path)
+            tiny.tokenizer().save_pretrained(path)
             (path / "chat_template.jinja").write_text("{{ messages[0]['content'] }}")
         return path
 
@@ -49,15 +46,10 @@ def source(dense: Callable[[str], Path], tmp_path: Path) -> Path:
     return Path(shutil.copytree(dense("llama"), tmp_path / "source"))
 
 
-def _tokenizer() -> PreTrainedTokenizerFast:
-    vocabulary = {"<unk>": 0, "<s>": 1, "</s>": 2}
-    vocabulary |= {letter: i for i, letter in enumerate(LETTERS, start=3)}
-    tokenizer = Tokenizer(models.WordLevel(vocabulary, unk_token="<unk>"))
-    tokenizer.pre_tokenizer = pre_tokenizers.Split("", "isolated")
-    tokenizer.decoder = decoders.Fuse()
-    return PreTrainedTokenizerFast(
-        tokenizer_object=tokenizer, unk_token="<unk>", bos_token="<s>", eos_token="</s>"
-    )
+@pytest.fixture
+def moe_upcycle() -> Callable[..., Result]:
+    """`moe_upcycle("moh", "--source", …)`: the command as users type it."""
+    return functools.partial(moe, "upcycle")
 
 
 @pytest.fixture(scope="session")

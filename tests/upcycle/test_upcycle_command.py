@@ -15,36 +15,14 @@ import torch
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, LlamaConfig
 
-from moe.cli import main
 from moe.errors import Corrupt, UserError
 from moe.upcycle import command
 from moe.upcycle.receipt import Receipt
-from moe.upcycle.recipes import Copy, MoH
+from moe.upcycle.recipes import Copy, MoH, convert
+from moe.upcycle.source import Source
 
 ROOT = Path(__file__).resolve().parents[2]
 COPY = ("--num-experts", "4", "--top-k", "2")
-
-
-class Result:
-    """Exit code and output of one call of the command, in this process."""
-
-    def __init__(self, code: int, out: str, err: str) -> None:
-        self.code, self.out, self.err = code, out, err
-
-
-@pytest.fixture
-def moe_upcycle(monkeypatch, capsys) -> Callable[..., Result]:
-    def call(*arguments: object) -> Result:
-        capsys.readouterr()
-        monkeypatch.setattr(sys, "argv", ["moe", "upcycle", *map(str, arguments)])
-        code = 0
-        try:
-            main()
-        except SystemExit as stop:
-            code = stop.code if isinstance(stop.code, int) else int(stop.code is not None)
-        return Result(code, *capsys.readouterr())
-
-    return call
 
 
 @pytest.fixture
@@ -201,6 +179,9 @@ def test_the_zero_router_warns(dense, moe_upcycle, tmp_path):
     [
         (("copy", "--num-experts", "4", "--top-k", "5"), ["--top-k 5", "between 1 and 4"]),
         (("copy", "--num-experts", "0", "--top-k", "1"), ["--num-experts 0"]),
+        (("copy", "--num-experts", "10000000000", "--top-k", "1"), ["between 1 and 4096"]),
+        (("moh", "--seed", "-1"), ["--seed"]),
+        (("moh", "--layers", "7", "--top-k", "7"), ["--layers 7", "top_k=7"]),
         (
             ("copy", "--num-experts", "0", "--top-k", "1", "--diversify", "drop:2",
              "--router-init", "uniform"),
@@ -292,7 +273,8 @@ def test_values_that_are_not_finite_name_the_tensor(recipe, value, source, moe_u
 
 
 def test_what_is_drawn_must_be_finite_too(source, refused):
-    assert "experts" in refused(3, "copy", *COPY, "--source", source, "--diversify", "noise:1e300")
+    message = refused(2, "copy", *COPY, "--source", source, "--diversify", "noise:1e300")
+    assert "experts" in message and "smaller --diversify" in message
 
 
 def test_weights_that_readers_disagree_on_are_refused(source, refused, moe_upcycle, tmp_path):
@@ -375,7 +357,8 @@ def test_the_installed_command_runs_in_a_process_of_its_own(dense, tmp_path):
         assert text in done.stdout + done.stderr and "Traceback" not in done.stderr
 
 
-def test_user_errors_of_recipes_come_as_one_list():
+def test_problems_of_a_recipe_and_of_its_layers_come_as_one_list(dense):
+    recipe = Copy(num_experts=2, top_k=3, diversify="noise:-1", router_init="normal:x")
     with pytest.raises(UserError) as caught:
-        Copy(num_experts=2, top_k=3, diversify="noise:-1", router_init="normal:x")
-    assert len(str(caught.value).split("\n")) == 3
+        convert(Source.open(dense("llama")), recipe, layers="7")
+    assert len(str(caught.value).split("\n")) == 4
