@@ -88,6 +88,12 @@ def likelihood(folder: Path, context: str, text: str) -> tuple[float, bool]:
     return chosen.sum().item(), bool((logits.argmax(-1) == torch.tensor(after)).all())
 
 
+def choices(folder: Path) -> list[float]:
+    """1 for each pair whose first sentence is the likelier; the harness puts a space before."""
+    likelihoods = [[likelihood(folder, "", f" {s}")[0] for s in pair] for pair in PAIRS]
+    return [float(good > bad) for good, bad in likelihoods]
+
+
 def requests(kind: Any, pairs: list[tuple[str, ...]]) -> list[Instance]:
     return [Instance(kind, {}, arguments, i) for i, arguments in enumerate(pairs)]
 
@@ -129,18 +135,14 @@ def test_perplexity_and_accuracy_by_hand(toys, evaluate):
     (words,) = found["local_perplexity", "word_perplexity"]
     assert math.isclose(bits, -total / len(TEXT.encode()) / math.log(2), rel_tol=1e-4)
     assert math.isclose(words, math.exp(-total / len(TEXT.split())), rel_tol=1e-3)
-    right = [likelihood(toys("dense"), "", good)[0] > likelihood(toys("dense"), "", bad)[0]
-             for good, bad in PAIRS]  # fmt: skip
+    right = choices(toys("dense"))
     assert found[CAUSATIVE, "acc"] == [sum(right) / len(PAIRS)]
 
 
 def test_differences_and_their_errors_by_hand(toys, evaluate, tmp_path):
     dense, other = toys("dense"), toys("other")
     report = evaluate(dense, "--tasks", f"{CAUSATIVE},local_perplexity", "--baseline", other)
-    correct = [
-        [float(likelihood(m, "", good)[0] > likelihood(m, "", bad)[0]) for good, bad in PAIRS]
-        for m in (dense, other)
-    ]
+    correct = [choices(m) for m in (dense, other)]
     differences = [a - b for a, b in zip(*correct, strict=True)]
     mean = sum(differences) / len(PAIRS)
     error = math.sqrt(sum((d - mean) ** 2 for d in differences) / (len(PAIRS) - 1) / len(PAIRS))
