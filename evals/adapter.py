@@ -3,7 +3,9 @@
 lm = MoeLM(Path("runs/a/checkpoints/step-500"), batch_size=8)
 """
 
-from collections.abc import Iterable
+import functools
+import sys
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +20,17 @@ from moe.errors import Corrupt, UserError
 from moe.upcycle.source import read_config, require_finite, weight_files
 
 
+def _without_bars(answer: Callable[..., Any]) -> Callable[..., Any]:
+    """The harness's method without its progress bar where that would only make a mess of a log."""
+
+    @functools.wraps(answer)
+    def call(lm: HFLM, requests: Any, disable_tqdm: bool = False, **more: Any) -> Any:
+        quiet = disable_tqdm or not sys.stderr.isatty()
+        return answer(lm, requests, disable_tqdm=quiet, **more)
+
+    return call
+
+
 class MoeLM(HFLM):
     """The harness's own Hugging Face model around a model loaded here, one process."""
 
@@ -30,6 +43,10 @@ class MoeLM(HFLM):
             batch_size=batch_size,
             max_length=max_length,
         )
+
+    _loglikelihood_tokens = _without_bars(HFLM._loglikelihood_tokens)
+    loglikelihood_rolling = _without_bars(HFLM.loglikelihood_rolling)
+    generate_until = _without_bars(HFLM.generate_until)
 
 
 def load_model(folder: Path) -> PreTrainedModel:

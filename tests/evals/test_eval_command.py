@@ -66,6 +66,7 @@ def evaluate(tmp_path, written) -> Callable[..., dict[str, Any]]:
         out = tmp_path / f"out{len(list(tmp_path.iterdir()))}"
         result = moe("eval", model, "--data", data, "--out", out, *arguments)
         assert result.code == 0, result.err
+        assert "requests:" not in result.err, "bars in a log"
         assert (out / "results.md").read_text().split("\n\n")[1].strip() in result.out
         return json.loads((out / "results.json").read_text())
 
