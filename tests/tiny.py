@@ -84,9 +84,11 @@ def routed_model(
     for name, parameter in model.named_parameters():
         if ".router." in name:
             parameter.data.normal_(std=0.2)
-        elif ".experts." in name:
+        elif ".experts." in name or "_proj.weight" in name:
             parameter.data.mul_(4)
-    model.load_state_dict(dense.state_dict(), strict=False)
+    own = model.state_dict()
+    same = {n: t for n, t in dense.state_dict().items() if n in own and own[n].shape == t.shape}
+    model.load_state_dict(same, strict=False)
     return model
 
 

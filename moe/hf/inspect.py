@@ -6,8 +6,9 @@ from typing import Any
 
 from moe.checkpoint.manifest import Manifest, is_complete
 from moe.hf.families import routed_config
-from moe.model import RoutedLlamaConfig
+from moe.model import AttentionSpec, RoutedLlamaConfig
 from moe.model.accounting import parameter_counts
+from moe.model.spec import BAMAttention, DenseMLP, MoHAttention, UoEAttention
 from moe.upcycle.receipt import Receipt
 from moe.upcycle.source import read_config
 
@@ -42,23 +43,28 @@ def checkpoint_steps(manifest: Manifest) -> list[dict[str, Any]]:
 
 
 def _layer(config: RoutedLlamaConfig, index: int) -> dict[str, Any]:
-    attention, mlp = config.attention_spec(index), config.mlp_spec(index)
-    grouped = attention.granularity == "kv_group"
-    units = config.num_key_value_heads if grouped else config.num_attention_heads
-    routed = attention.kind != "dense"
+    mlp = config.mlp_spec(index)
+    experts, top_k = (1, 1) if isinstance(mlp, DenseMLP) else (mlp.num_experts, mlp.top_k)
     return {
-        "attention": {
-            "kind": attention.kind,
-            "experts": units if routed else config.num_attention_heads,
-            "top_k": attention.top_k if routed else config.num_attention_heads,
-            "shared": len(attention.shared_heads) if routed else 0,
-        },
-        "mlp": {
-            "kind": mlp.kind,
-            "experts": mlp.num_experts if mlp.kind != "dense" else 1,
-            "top_k": mlp.top_k if mlp.kind != "dense" else 1,
-        },
+        "attention": _attention(config, config.attention_spec(index)),
+        "mlp": {"kind": mlp.kind, "experts": experts, "top_k": top_k},
     }
+
+
+def _attention(config: RoutedLlamaConfig, spec: AttentionSpec) -> dict[str, Any]:
+    """What competes in an attention: heads, KV groups, or whole attentions."""
+    experts = top_k = config.num_attention_heads
+    shared = 0
+    if isinstance(spec, MoHAttention):
+        if spec.granularity == "kv_group":
+            assert config.num_key_value_heads is not None
+            experts = config.num_key_value_heads
+        top_k, shared = spec.top_k, len(spec.shared_heads)
+    elif isinstance(spec, BAMAttention):
+        experts = top_k = spec.num_experts
+    elif isinstance(spec, UoEAttention):
+        experts, top_k = spec.num_experts, spec.top_k
+    return {"kind": spec.kind, "experts": experts, "top_k": top_k, "shared": shared}
 
 
 def describe(folder: Path, found: dict[str, Any]) -> str:
@@ -90,11 +96,13 @@ def describe(folder: Path, found: dict[str, Any]) -> str:
 def _describe_layer(layer: dict[str, Any]) -> str:
     attention, mlp = layer["attention"], layer["mlp"]
     heads = f"dense attention, {attention['experts']} heads"
-    if attention["kind"] != "dense":
+    if attention["kind"] == "moh":
         heads = (
-            f"{attention['kind']}, {attention['shared']} shared + {attention['top_k']} routed of "
+            f"moh, {attention['shared']} shared + {attention['top_k']} routed of "
             f"{attention['experts']}"
         )
+    elif attention["kind"] != "dense":
+        heads = f"{attention['kind']}, {attention['top_k']} of {attention['experts']} attentions"
     experts = "dense MLP"
     if mlp["kind"] != "dense":
         experts = f"{mlp['kind']}, {mlp['top_k']} of {mlp['experts']} experts"

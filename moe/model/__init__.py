@@ -2,9 +2,10 @@
 
 from transformers import AutoConfig, AutoModel, AutoModelForCausalLM
 
-from moe.model.config import AttentionSpec, MLPSpec, RoutedLlamaConfig
+from moe.model.config import RoutedLlamaConfig
 from moe.model.llama import RoutedCausalLMOutput, RoutedLlamaForCausalLM, RoutedLlamaModel
 from moe.model.losses import LayerLoad, LayerRouting, RoutingLoad
+from moe.model.spec import AttentionSpec, MLPSpec
 
 AutoConfig.register(RoutedLlamaConfig.model_type, RoutedLlamaConfig, exist_ok=True)
 AutoModel.register(RoutedLlamaConfig, RoutedLlamaModel, exist_ok=True)

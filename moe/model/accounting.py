@@ -2,7 +2,16 @@
 
 from typing import NamedTuple
 
-from moe.model.config import AttentionSpec, MLPSpec, RoutedLlamaConfig
+from moe.model.attention import widened
+from moe.model.config import RoutedLlamaConfig
+from moe.model.spec import (
+    AttentionSpec,
+    BAMAttention,
+    DenseMLP,
+    MLPSpec,
+    MoHAttention,
+    UoEAttention,
+)
 
 
 class ParameterCounts(NamedTuple):
@@ -16,6 +25,7 @@ def parameter_counts(config: RoutedLlamaConfig) -> ParameterCounts:
     """Parameters of the model, tied embeddings counted once."""
     hidden, vocabulary = config.hidden_size, config.vocab_size
     outside = vocabulary * hidden * (1 if config.tie_word_embeddings else 2) + hidden
+    norms = hidden * (2 if config.block == "sequential" else 1)
     total = active = outside
     for layer in range(config.num_hidden_layers):
         for part in (
@@ -23,38 +33,53 @@ def parameter_counts(config: RoutedLlamaConfig) -> ParameterCounts:
             mlp_parameters(config, config.mlp_spec(layer)),
         ):
             total, active = total + part.total, active + part.active
-        total, active = total + 2 * hidden, active + 2 * hidden  # the layer's two norms
+        total, active = total + norms, active + norms
     return ParameterCounts(total, active)
 
 
 def attention_parameters(config: RoutedLlamaConfig, spec: AttentionSpec) -> ParameterCounts:
-    """Of one attention: every query, key and value projection is needed, o_proj only in part."""
+    """Of one attention. MoH needs every query, key and value projection, o_proj only in part; of a
+    union of experts a token uses its experts' parts of all four; BAM uses everything.
+    """
+    wide = widened(config, spec)
     hidden, head_dim = config.hidden_size, config.head_dim
-    heads, kv_heads = config.num_attention_heads, config.num_key_value_heads
+    heads, kv_heads = wide.num_attention_heads, wide.num_key_value_heads
     assert head_dim is not None and kv_heads is not None
     qkv = (heads + 2 * kv_heads) * head_dim * (hidden + bool(config.attention_bias))
-    always = qkv + bool(config.attention_output_bias) * hidden + 2 * head_dim * config.qk_norm
-    if spec.kind == "moh" and spec.router == "two_stage":
+    rows = heads * head_dim * hidden
+    norms = 2 * head_dim * config.qk_norm
+    if isinstance(spec, BAMAttention):
+        norms = (heads + kv_heads) * head_dim * config.qk_norm
+    always = bool(config.attention_output_bias) * hidden + norms
+    if isinstance(spec, MoHAttention) and spec.router == "two_stage":
         shared = len(spec.shared_heads)
         always += hidden * (heads - shared + (shared + 2 if shared else 0))
-    rows = active_heads(config, spec) * head_dim * hidden
-    return ParameterCounts(always + heads * head_dim * hidden, always + rows)
+    if isinstance(spec, BAMAttention | UoEAttention):
+        always += spec.num_experts * hidden
+    total = always + qkv + rows
+    if isinstance(spec, UoEAttention):
+        return ParameterCounts(total, always + (qkv + rows) * spec.top_k // spec.num_experts)
+    used = active_heads(config, spec) * head_dim * hidden
+    return ParameterCounts(total, always + qkv + used)
 
 
 def active_heads(config: RoutedLlamaConfig, spec: AttentionSpec) -> int:
     """Query heads whose output a token uses."""
-    heads, kv_heads = config.num_attention_heads, config.num_key_value_heads
+    wide = widened(config, spec)
+    heads, kv_heads = wide.num_attention_heads, wide.num_key_value_heads
     assert kv_heads is not None
-    if spec.kind == "dense":
-        return heads
-    group = heads // kv_heads if spec.granularity == "kv_group" else 1
-    return group * (len(spec.shared_heads) + spec.top_k)
+    if isinstance(spec, UoEAttention):
+        return heads * spec.top_k // spec.num_experts
+    if isinstance(spec, MoHAttention):
+        group = heads // kv_heads if spec.granularity == "kv_group" else 1
+        return group * (len(spec.shared_heads) + spec.top_k)
+    return heads
 
 
 def mlp_parameters(config: RoutedLlamaConfig, spec: MLPSpec) -> ParameterCounts:
     """Of one MLP; the selection bias is a buffer and not counted."""
     hidden = config.hidden_size
-    if spec.kind == "dense":
+    if isinstance(spec, DenseMLP):
         inner = config.intermediate_size
         size = 3 * hidden * inner + bool(config.mlp_bias) * (2 * inner + hidden)
         return ParameterCounts(size, size)
@@ -69,13 +94,16 @@ def mlp_parameters(config: RoutedLlamaConfig, spec: MLPSpec) -> ParameterCounts:
 def flops_per_token(config: RoutedLlamaConfig, sequence_length: int) -> float:
     """Forward and backward FLOPs of one token in training: 6 per active weight in a matmul, 12 per
     head element and position in the attention core (no discount for causality, as is customary).
+
+    A union's head sees the tokens that chose its expert, top_k / num_experts of them on average.
     """
     hidden, head_dim = config.hidden_size, config.head_dim
     assert head_dim is not None
     embeddings = config.vocab_size * hidden * (1 if config.tie_word_embeddings else 2)
     weights = parameter_counts(config).active - embeddings + config.vocab_size * hidden
-    heads = sum(
-        active_heads(config, config.attention_spec(layer))
-        for layer in range(config.num_hidden_layers)
-    )
-    return 6.0 * weights + 12.0 * heads * head_dim * sequence_length
+    scores = 0.0
+    for layer in range(config.num_hidden_layers):
+        spec = config.attention_spec(layer)
+        seen = spec.top_k / spec.num_experts if isinstance(spec, UoEAttention) else 1.0
+        scores += active_heads(config, spec) * seen
+    return 6.0 * weights + 12.0 * scores * head_dim * sequence_length

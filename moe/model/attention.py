@@ -3,6 +3,7 @@
 B batch, S sequence, N query heads, d head size, H hidden, T = B·S tokens.
 """
 
+import copy
 from collections.abc import Callable
 from typing import Any
 
@@ -20,31 +21,39 @@ from moe.kernels import ops
 from moe.model.config import RoutedLlamaConfig
 from moe.model.losses import RoutingLoad
 from moe.model.router import attention_router
+from moe.model.spec import AttentionSpec, BAMAttention
 
 
 class RoutedAttention(LlamaAttention):
-    """Dense or MoH attention of the LLaMA, Mistral, Qwen2 and Qwen3 families.
+    """Dense, MoH or BAM attention of the LLaMA, Mistral, Qwen2 and Qwen3 families.
 
-    Keys and values are those of the dense model, for every head and token, so the cache is too.
+    One attention call over the keys and values of every token, then a gate per head. BAM's experts
+    are groups of heads of one wide attention: Σ_e g_e O_e A_e(x) = O (g ∘ A(x)).
     """
 
     def __init__(self, config: RoutedLlamaConfig, layer: int) -> None:
-        super().__init__(config, layer)
-        assert config.layer_types is not None and config.num_key_value_heads is not None
-        num_heads, head_dim = config.num_attention_heads, self.head_dim
+        spec = config.attention_spec(layer)
+        wide = widened(config, spec)
+        super().__init__(wide, layer)
+        self.config = config  # the model's own: its attention implementation can be changed
+        assert config.layer_types is not None and wide.num_key_value_heads is not None
+        num_heads, head_dim = wide.num_attention_heads, self.head_dim
         if config.attention_output_bias != config.attention_bias:  # Qwen2: q, k and v only
             self.o_proj = nn.Linear(
                 num_heads * head_dim, config.hidden_size, bias=bool(config.attention_output_bias)
             )
         self.q_norm = self.k_norm = None
         if config.qk_norm:
-            self.q_norm = LlamaRMSNorm(head_dim, eps=config.rms_norm_eps)
-            self.k_norm = LlamaRMSNorm(head_dim, eps=config.rms_norm_eps)
+            # attention experts come with norms of their own: a weight per head
+            shapes: list[Any] = [head_dim, head_dim]
+            if isinstance(spec, BAMAttention):
+                shapes = [(num_heads, head_dim), (wide.num_key_value_heads, head_dim)]
+            self.q_norm = LlamaRMSNorm(shapes[0], eps=config.rms_norm_eps)
+            self.k_norm = LlamaRMSNorm(shapes[1], eps=config.rms_norm_eps)
         slides = config.layer_types[layer] == "sliding_attention"
         self.sliding_window = config.sliding_window if slides else None
-        self.router = attention_router(
-            config.attention_spec(layer), num_heads, config.num_key_value_heads, config.hidden_size
-        )
+        heads = config.num_attention_heads, config.num_key_value_heads
+        self.router = attention_router(spec, *heads, config.hidden_size)  # type: ignore[arg-type]
 
     def forward(  # type: ignore[override]  # returns the load too
         self,
@@ -92,3 +101,15 @@ class RoutedAttention(LlamaAttention):
         if gate is not None:
             heads_BSNd = ops.gate_heads(heads_BSNd, gate.view(batch, length, -1))
         return self.o_proj(heads_BSNd.reshape(batch, length, -1)), weights, load
+
+
+def widened(config: RoutedLlamaConfig, spec: AttentionSpec) -> RoutedLlamaConfig:
+    """The config of the attention as it is computed: BAM's has the heads of all its experts."""
+    if not isinstance(spec, BAMAttention):
+        return config
+    assert config.num_key_value_heads is not None
+    wide = copy.copy(config)
+    wide.num_attention_heads = spec.num_experts * config.num_attention_heads
+    if spec.kv == "expert":
+        wide.num_key_value_heads = spec.num_experts * config.num_key_value_heads
+    return wide

@@ -5,12 +5,16 @@ from typing import Protocol
 
 import torch
 from torch import Tensor, nn
+from transformers.cache_utils import Cache
 from transformers.models.llama.modeling_llama import LlamaMLP
 
 from moe.kernels import ops
-from moe.model.config import MLPSpec, RoutedLlamaConfig
+from moe.model.cache import kept
+from moe.model.config import RoutedLlamaConfig
 from moe.model.losses import RoutingLoad
 from moe.model.router import ExpertRouter
+from moe.model.spec import RoutedMLPSpec, UoEMLP
+from moe.model.union import UnionRouter
 
 
 class Experts(nn.Module):
@@ -42,14 +46,21 @@ def local(experts: Experts, x_TH: Tensor, indices_TK: Tensor, weights_TK: Tensor
 
 
 class RoutedMLP(nn.Module):
-    """Mixture-of-experts MLP, dropless, with an optional expert that every token visits."""
+    """Mixture-of-experts MLP, dropless, with an optional expert that every token visits.
+
+    A union of experts is the same with slices for experts and another router.
+    """
 
     dispatcher: Dispatcher = staticmethod(local)
 
-    def __init__(self, config: RoutedLlamaConfig, spec: MLPSpec) -> None:
+    def __init__(self, config: RoutedLlamaConfig, spec: RoutedMLPSpec) -> None:
         super().__init__()
         assert spec.intermediate_size is not None
-        self.router = ExpertRouter(spec, config.hidden_size)
+        self.router: ExpertRouter | UnionRouter
+        if isinstance(spec, UoEMLP):
+            self.router = UnionRouter(spec, config.hidden_size)
+        else:
+            self.router = ExpertRouter(spec, config.hidden_size)
         self.experts = Experts(spec.num_experts, config.hidden_size, spec.intermediate_size)
         self.shared_expert = None
         if spec.shared_intermediate_size:
@@ -58,12 +69,51 @@ class RoutedMLP(nn.Module):
             self.shared_expert = LlamaMLP(shared)
 
     def forward(
-        self, x_BSH: Tensor, valid_T: Tensor | None, reference_E: Tensor | None
+        self,
+        x_BSH: Tensor,
+        valid_T: Tensor | None,
+        reference_E: Tensor | None,
+        memory: dict[str, Tensor] | None = None,
     ) -> tuple[Tensor, RoutingLoad]:
-        """Output [B, S, H] and the router's load."""
+        """Output [B, S, H] and the router's load; `memory` is what decoding remembers per row."""
         x_TH = x_BSH.reshape(-1, x_BSH.shape[-1])
-        indices_TK, weights_TK, load = self.router(x_TH, valid_T, reference_E)
-        y_TH = self.dispatcher(self.experts, x_TH, indices_TK, weights_TK)
+        if isinstance(self.router, UnionRouter):
+            y_TH, load = self._union(self.router, x_BSH, x_TH, valid_T, reference_E, memory)
+        else:
+            indices_TK, weights_TK, load = self.router(x_TH, valid_T, reference_E)
+            y_TH = self.dispatcher(self.experts, x_TH, indices_TK, weights_TK)
         if self.shared_expert is not None:
             y_TH = y_TH + self.shared_expert(x_TH)
         return y_TH.view_as(x_BSH), load
+
+    def _union(
+        self,
+        router: UnionRouter,
+        x_BSH: Tensor,
+        x_TH: Tensor,
+        valid_T: Tensor | None,
+        reference_E: Tensor | None,
+        memory: dict[str, Tensor] | None,
+    ) -> tuple[Tensor, RoutingLoad]:
+        """A union's output [T, H], each token visiting as many experts as chose it or it chose."""
+        held = None if memory is None else memory.get("expert_set")
+        choice = router(x_BSH, valid_T, reference_E, set_BE=held)
+        assert isinstance(router.spec, UoEMLP)
+        if memory is not None and choice.set_BE is not None:
+            memory["expert_set"] = choice.set_BE
+        weights_TE = router.spec.output_scale * choice.weights_TE
+        if choice.indices_TK is not None:
+            weights_TK = weights_TE.gather(1, choice.indices_TK)
+            y_TH = self.dispatcher(self.experts, x_TH, choice.indices_TK, weights_TK)
+            return y_TH, choice.load
+        # any number of experts a token: each pair becomes a token with one expert
+        token_P, expert_P = choice.mask_TE.nonzero(as_tuple=True)
+        weight_P1 = weights_TE[token_P, expert_P][:, None]
+        y_PH = self.dispatcher(self.experts, x_TH[token_P], expert_P[:, None], weight_P1)
+        return torch.zeros_like(x_TH, dtype=y_PH.dtype).index_add(0, token_P, y_PH), choice.load
+
+
+def memory_of(mlp: RoutedMLP, cache: Cache | None, layer: int) -> dict[str, Tensor] | None:
+    """Where the MLP of a layer keeps what it decided for a prompt; None where it needs nothing."""
+    remembers = isinstance(mlp.router, UnionRouter) and mlp.router.mode == "sequence"
+    return kept(cache, layer) if remembers and cache is not None else None

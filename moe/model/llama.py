@@ -25,12 +25,16 @@ from transformers.utils import can_return_tuple
 from transformers.utils.generic import merge_with_config_defaults
 from transformers.utils.output_capturing import OutputRecorder, capture_outputs
 
+from moe.errors import UserError
 from moe.model.attention import RoutedAttention
 from moe.model.cache import CACHE
 from moe.model.config import RoutedLlamaConfig
-from moe.model.experts import Experts, RoutedMLP
-from moe.model.losses import LayerLoad, LayerRouting, RoutingLoad
-from moe.model.router import ExpertRouter
+from moe.model.experts import Experts, RoutedMLP, memory_of
+from moe.model.losses import LayerLoad, LayerRouting, RoutingLoad, weighed
+from moe.model.router import ExpertRouter, SoftRouter
+from moe.model.spec import DenseMLP, UoEAttention
+from moe.model.union import UnionRouter
+from moe.model.union_attention import UnionAttention
 
 
 @dataclass
@@ -56,11 +60,19 @@ class RoutedDecoderLayer(GradientCheckpointingLayer):
 
     def __init__(self, config: RoutedLlamaConfig, layer: int) -> None:
         super().__init__()
-        self.self_attn = RoutedAttention(config, layer)
-        mlp_spec = config.mlp_spec(layer)
-        self.mlp = RoutedMLP(config, mlp_spec) if mlp_spec.kind == "moe" else LlamaMLP(config)
+        attention_spec, mlp_spec = config.attention_spec(layer), config.mlp_spec(layer)
+        attention = UnionAttention if isinstance(attention_spec, UoEAttention) else RoutedAttention
+        self.self_attn = attention(config, layer)
+        if isinstance(mlp_spec, DenseMLP):
+            self.mlp: RoutedMLP | LlamaMLP = LlamaMLP(config)
+        else:
+            self.mlp = RoutedMLP(config, mlp_spec)
         self.input_layernorm = LlamaRMSNorm(config.hidden_size, eps=config.rms_norm_eps)
-        self.post_attention_layernorm = LlamaRMSNorm(config.hidden_size, eps=config.rms_norm_eps)
+        self.post_attention_layernorm = None  # a parallel block has one norm
+        if config.block == "sequential":
+            self.post_attention_layernorm = LlamaRMSNorm(
+                config.hidden_size, eps=config.rms_norm_eps
+            )
 
     def forward(
         self,
@@ -71,17 +83,20 @@ class RoutedDecoderLayer(GradientCheckpointingLayer):
     ) -> tuple[Tensor, LayerRouting]:
         """Hidden states [B, S, H] and the layer's routing."""
         attention_reference, mlp_reference = reference or LayerLoad(None, None)
+        normed_BSH = self.input_layernorm(x_BSH)
         attended_BSH, _, attention_load = self.self_attn(
-            self.input_layernorm(x_BSH),
+            normed_BSH,
             valid_T=valid_T,
             reference_R=attention_reference,
             **kwargs,
         )
         x_BSH = x_BSH + attended_BSH
-        normed_BSH = self.post_attention_layernorm(x_BSH)
+        if self.post_attention_layernorm is not None:
+            normed_BSH = self.post_attention_layernorm(x_BSH)
         mlp_load: RoutingLoad | None = None
         if isinstance(self.mlp, RoutedMLP):
-            y_BSH, mlp_load = self.mlp(normed_BSH, valid_T, mlp_reference)
+            memory = memory_of(self.mlp, kwargs.get(CACHE), self.self_attn.layer_idx)
+            y_BSH, mlp_load = self.mlp(normed_BSH, valid_T, mlp_reference, memory)
         else:
             y_BSH = self.mlp(normed_BSH)
         return x_BSH + y_BSH, LayerRouting(attention_load, mlp_load)
@@ -108,10 +123,10 @@ class RoutedLlamaPreTrainedModel(PreTrainedModel):
     @torch.no_grad()
     def _init_weights(self, module: nn.Module) -> None:
         super()._init_weights(module)
-        if isinstance(module, Experts | ExpertRouter):
+        if isinstance(module, Experts | ExpertRouter | SoftRouter | UnionRouter):
             for parameter in module.parameters(recurse=False):
                 init.normal_(parameter, std=self.config.initializer_range)
-        if isinstance(module, ExpertRouter) and module.selection_bias is not None:
+        if isinstance(module, ExpertRouter | UnionRouter) and module.selection_bias is not None:
             init.zeros_(module.selection_bias)
 
 
@@ -275,6 +290,18 @@ class RoutedLlamaForCausalLM(RoutedLlamaPreTrainedModel, GenerationMixin):
             **{CACHE: output.get(CACHE)},
         )
 
+    def generate(self, *args: Any, **kwargs: Any) -> Any:
+        """As GenerationMixin's. Raises UserError where experts choose among tokens to come."""
+        modes = {
+            getattr(self.config.mlp_spec(i), "mode", "") for i in range(len(self.model.layers))
+        }
+        if "expert_choice" in modes:
+            raise UserError(
+                "mlp.mode=expert_choice is not causal: an expert picks among all tokens of a "
+                "sequence, later ones included. Generate with mode token_choice or threshold."
+            )
+        return super().generate(*args, **kwargs)
+
     def router_loss(self, routing: Sequence[LayerRouting]) -> Tensor:
         """Balance and z losses with their coefficients: the mean over layers that route heads, plus
         the mean over layers that route experts (MoH's training code averages over layers too).
@@ -282,10 +309,9 @@ class RoutedLlamaForCausalLM(RoutedLlamaPreTrainedModel, GenerationMixin):
         heads, experts = [], []
         for index, (attention, mlp) in enumerate(routing):
             if attention is not None:
-                heads.append(self.config.attention_spec(index).balance_coef * attention.balance)
+                heads.append(weighed(attention, self.config.attention_spec(index)))
             if mlp is not None:
-                spec = self.config.mlp_spec(index)
-                experts.append(spec.balance_coef * mlp.balance + spec.z_coef * mlp.z)
+                experts.append(weighed(mlp, self.config.mlp_spec(index)))
         total = torch.zeros((), device=self.lm_head.weight.device)
         for losses in (heads, experts):
             if losses:

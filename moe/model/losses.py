@@ -6,12 +6,12 @@ T tokens, E parts (experts, or heads that compete), K chosen per token.
 """
 
 from collections.abc import Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
-from moe.model.config import BalanceNorm
+from moe.model.spec import BalanceNorm
 
 
 class RoutingLoad(NamedTuple):
@@ -41,13 +41,16 @@ class LayerLoad(NamedTuple):
 
 def measure(
     probability_TE: Tensor,
-    indices_TK: Tensor,
+    chosen: Tensor,
     valid_T: Tensor | None,
     norm: BalanceNorm,
     reference_E: Tensor | None = None,
     logits_TE: Tensor | None = None,
+    k: float = 1.0,
 ) -> RoutingLoad:
     """Loads and losses of one routing decision.
+
+    `chosen` holds indices [T, K] (int64), or how much each part was chosen [T, E], `k` on average.
 
     balance = scale · Σ_e P_e f_e with P_e the mean probability of e and f_e the fraction of tokens
     that chose it; scale is 1 (paper), E (code) or E/K (unit: 1 when balanced). f is `reference_E`
@@ -60,12 +63,15 @@ def measure(
         weight_T = valid_T.to(weight_T)
     tokens = weight_T.sum()
     mean_T = weight_T / tokens.clamp(min=1)
-    counts_E = _count(indices_TK, weight_T, num_parts)
+    if chosen.dtype == torch.int64:
+        counts_E, k = _count(chosen, weight_T, num_parts), chosen.shape[1]
+    else:
+        counts_E = weight_T @ chosen.to(weight_T)
     mean_E = mean_T @ probability_TE
     fraction_E = counts_E / tokens.clamp(min=1)
     if reference_E is not None:
         fraction_E = reference_E.to(mean_E)
-    scale = {"paper": 1.0, "code": num_parts, "unit": num_parts / indices_TK.shape[1]}[norm]
+    scale = {"paper": 1.0, "code": num_parts, "unit": num_parts / k}[norm]
     with torch.no_grad():
         entropy_T = torch.special.entr(probability_TE).sum(-1)
         entropy = weight_T @ entropy_T
@@ -82,6 +88,12 @@ def measure(
     )
 
 
+def weighed(load: RoutingLoad, spec: Any) -> Tensor:
+    """A router's losses with its coefficients; a kind without a coefficient has no such loss."""
+    balance, z = getattr(spec, "balance_coef", 0.0), getattr(spec, "z_coef", 0.0)
+    return balance * load.balance + z * load.z
+
+
 def _count(indices_TK: Tensor, weight_T: Tensor, num_parts: int) -> Tensor:
     """Tokens per part, padding weighing nothing: [E]."""
     counts_E = weight_T.new_zeros(num_parts)
@@ -91,11 +103,14 @@ def _count(indices_TK: Tensor, weight_T: Tensor, num_parts: int) -> Tensor:
 
 
 @torch.no_grad()
-def update_selection_bias(biases: Sequence[Tensor], counts: Sequence[Tensor], rate: float) -> None:
-    """Move each router's selection bias [E] against its load: + rate where below the mean load.
+def update_selection_bias(
+    biases: Sequence[Tensor], counts: Sequence[Tensor], targets: Sequence[Tensor], rate: float
+) -> None:
+    """Move each router's selection bias [E] against its load: + rate where below the target.
 
-    Call once per optimiser step with counts [E] summed over the whole global batch.
+    Call once per optimiser step with the tokens [E] that chose each expert over the whole global
+    batch, and how many should: K/E of them.
     Source: loss-free balancing, arXiv 2408.15664, algorithm 1.
     """
-    for bias_E, counts_E in zip(biases, counts, strict=True):
-        bias_E += rate * torch.sign(counts_E.mean() - counts_E)
+    for bias_E, counts_E, target in zip(biases, counts, targets, strict=True):
+        bias_E += rate * torch.sign(target - counts_E)

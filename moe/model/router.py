@@ -11,8 +11,8 @@ import torch
 from torch import Tensor, nn
 
 from moe.kernels import ops
-from moe.model.config import AttentionSpec, MLPSpec
 from moe.model.losses import RoutingLoad, measure
+from moe.model.spec import AttentionSpec, BAMAttention, MoEMLP, MoHAttention
 
 
 def straight_through(mask: Tensor, probability: Tensor) -> Tensor:
@@ -62,7 +62,7 @@ class NormRouter(nn.Module):
     Source: MoH-LLaMA3 modeling_llama.py (gate before RoPE), MoH eq. 9-10 for the gradient.
     """
 
-    def __init__(self, spec: AttentionSpec, num_heads: int, num_kv_heads: int) -> None:
+    def __init__(self, spec: MoHAttention, num_heads: int, num_kv_heads: int) -> None:
         super().__init__()
         self.spec = spec
         self.group_size = num_heads // num_kv_heads if spec.granularity == "kv_group" else 1
@@ -94,7 +94,7 @@ class NormRouter(nn.Module):
         return gate_TU.repeat_interleave(self.group_size, dim=1), load
 
 
-def standardise(norm_TR: Tensor, spec: AttentionSpec) -> Tensor:
+def standardise(norm_TR: Tensor, spec: MoHAttention) -> Tensor:
     """Norms over their deviation across the routed heads of a token (unbiased, mean kept).
 
     One routed head has no deviation: its score is the norm itself, its probability 1.
@@ -116,7 +116,7 @@ class TwoStageRouter(nn.Module):
     Source: MoH-ViT attention.py:46-116; MoH eq. 5-6 up to that scaling.
     """
 
-    def __init__(self, spec: AttentionSpec, num_heads: int, hidden_size: int) -> None:
+    def __init__(self, spec: MoHAttention, num_heads: int, hidden_size: int) -> None:
         super().__init__()
         self.spec = spec
         self.heads = Columns(num_heads, spec.routed_heads(num_heads))
@@ -150,20 +150,52 @@ class TwoStageRouter(nn.Module):
 
 
 def _softmax(x_TH: Tensor, linear: nn.Linear) -> Tensor:
-    return torch.softmax(_project(x_TH, linear.weight), dim=-1)
+    return torch.softmax(project(x_TH, linear.weight), dim=-1)
 
 
-def _project(x_TH: Tensor, weight_EH: Tensor) -> Tensor:
+def project(x_TH: Tensor, weight_EH: Tensor) -> Tensor:
     """Logits in float32 or wider, under autocast too."""
     with torch.autocast(x_TH.device.type, enabled=False):
         return widen(x_TH) @ widen(weight_EH).T
 
 
+class SoftRouter(nn.Module):
+    """BAM's attention router: every expert counts, by its share of a softmax. Source: BAM, §3.2.
+
+    An expert is a group of heads, so its share is the gate of each of them.
+    """
+
+    def __init__(
+        self, spec: BAMAttention, num_heads: int, num_kv_heads: int, hidden_size: int
+    ) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.empty(spec.num_experts, hidden_size))
+        # shared keys: heads of one KV head lie together, so experts alternate group by group
+        self.heads_in_a_row = num_heads if spec.kv == "expert" else num_heads // num_kv_heads
+        self.repeats = 1 if spec.kv == "expert" else num_kv_heads
+
+    def forward(
+        self,
+        x_TH: Tensor,
+        query_TNd: Tensor,
+        valid_T: Tensor | None,
+        reference_R: Tensor | None,
+    ) -> tuple[Tensor, RoutingLoad]:
+        """Gate [T, N], N over all experts, and the load: each expert's share summed over tokens."""
+        probability_TE = torch.softmax(project(x_TH, self.weight), dim=-1)
+        load = measure(probability_TE, probability_TE.detach(), valid_T, "unit")
+        load = load._replace(balance=torch.zeros_like(load.balance))  # nothing is left idle
+        gate_TN = probability_TE.repeat_interleave(self.heads_in_a_row, 1).repeat(1, self.repeats)
+        return gate_TN, load
+
+
 def attention_router(
     spec: AttentionSpec, num_heads: int, num_kv_heads: int, hidden_size: int
 ) -> nn.Module | None:
-    """The head router that a specification asks for; None for dense attention."""
-    if spec.kind == "dense":
+    """The router that gives an attention its gate per head; None where nothing is weighed."""
+    if isinstance(spec, BAMAttention):
+        return SoftRouter(spec, num_heads, num_kv_heads, hidden_size)
+    if not isinstance(spec, MoHAttention):
         return None
     if spec.router == "qnorm":
         return NormRouter(spec, num_heads, num_kv_heads)
@@ -175,7 +207,7 @@ class ExpertRouter(nn.Module):
 
     selection_bias: Tensor | None
 
-    def __init__(self, spec: MLPSpec, hidden_size: int) -> None:
+    def __init__(self, spec: MoEMLP, hidden_size: int) -> None:
         super().__init__()
         self.spec = spec
         self.weight = nn.Parameter(torch.empty(spec.num_experts, hidden_size))
@@ -187,7 +219,7 @@ class ExpertRouter(nn.Module):
     ) -> tuple[Tensor, Tensor, RoutingLoad]:
         """Experts [T, K] int64, their weights [T, K] float32, and the load."""
         spec = self.spec
-        logits_TE = _project(x_TH, self.weight)
+        logits_TE = project(x_TH, self.weight)
         scores_TE = logits_TE.softmax(-1) if spec.score == "softmax" else logits_TE.sigmoid()
         choice_TE = scores_TE.detach()
         if self.selection_bias is not None:

@@ -23,6 +23,7 @@ from moe.hf.families import routed_config
 from moe.model import LayerLoad, RoutedLlamaConfig, RoutedLlamaForCausalLM
 from moe.model.accounting import flops_per_token
 from moe.model.losses import update_selection_bias
+from moe.model.spec import DenseMLP
 from moe.parallel.world import Ranks, world
 from moe.progress import quiet_libraries
 from moe.train.loads import LoadMeter, StepLoads
@@ -173,14 +174,20 @@ class Run:
         self.engine.step(lr, (limit / (norm + 1e-6)).clamp(max=1.0))
         loads = self.meter.total(self.ranks.sum)
         self.reference = loads.reference()
-        biased = [
-            load.counts
-            for layer, load in loads.of("mlp").items()
-            if self.model_config.mlp_spec(layer).selection_bias
-        ]
-        update_selection_bias(self.biases, biased, settings.selection_bias_rate)
+        self._move_biases(loads)
         self.step += 1
         return summed, norm, lr, loads
+
+    def _move_biases(self, loads: StepLoads) -> None:
+        """Selection biases against the load of the step just taken."""
+        counts, targets = [], []
+        for layer, load in loads.of("mlp").items():
+            spec = self.model_config.mlp_spec(layer)
+            if not isinstance(spec, DenseMLP) and spec.selection_bias:
+                counts.append(load.counts)
+                targets.append(load.tokens * spec.top_k / spec.num_experts)
+        rate = self.config.train.selection_bias_rate
+        update_selection_bias(self.biases, counts, targets, rate)
 
     def _forward(self, batch: dict[str, Tensor]) -> Any:
         return self.engine.forward(

@@ -17,7 +17,8 @@ import torch
 
 from moe.errors import Corrupt, UserError
 from moe.hf.families import routed_config
-from moe.model import AttentionSpec, MLPSpec, RoutedLlamaConfig, RoutedLlamaForCausalLM
+from moe.model import RoutedLlamaConfig, RoutedLlamaForCausalLM
+from moe.model.spec import MoEMLP, MoHAttention, to_dict
 from moe.upcycle.expression import Concat, Draw, Expression, Noise, Read, Redraw, Stack
 from moe.upcycle.source import Source
 
@@ -69,11 +70,10 @@ class MoH:
             raise UserError("\n".join(problems))
         return recipe
 
-    def spec(self) -> AttentionSpec:
+    def spec(self) -> MoHAttention:
         """The attention of a converted layer, of a resolved recipe."""
         assert self.shared_heads is not None and self.top_k is not None
-        return AttentionSpec(
-            kind="moh",
+        return MoHAttention(
             router=self.router,
             shared_heads=tuple(range(self.shared_heads)),
             top_k=self.top_k,
@@ -86,7 +86,7 @@ class MoH:
         spec = self.spec()
         routed = self._units(config) - len(spec.shared_heads)
         every = spec.top_k == routed
-        _set_parts(config, "attention", layers, spec.to_dict())
+        _set_parts(config, "attention", layers, to_dict(spec))
         if spec.router == "two_stage":
             hidden, dtype = config.hidden_size, plan["model.norm.weight"].dtype
             sizes = {"routed": routed}
@@ -174,13 +174,12 @@ class Copy:
 
     def apply(self, config: RoutedLlamaConfig, plan: Plan, layers: Sequence[int], seed: int) -> str:
         """Replace the MLPs of `layers` in place; returns the statement, empty where inexact."""
-        spec = MLPSpec(
-            kind="moe",
+        spec = MoEMLP(
             num_experts=self.num_experts,
             top_k=self.top_k,
             balance_coef=0.01 if self.purpose == "train" else 0.0,
         )
-        _set_parts(config, "mlp", layers, spec.to_dict())
+        _set_parts(config, "mlp", layers, to_dict(spec))
         for layer in layers:
             at = f"model.layers.{layer}.mlp"
             gate, up, down = (plan.pop(f"{at}.{n}_proj.weight") for n in ("gate", "up", "down"))
@@ -337,18 +336,13 @@ def _set_parts(
     config: RoutedLlamaConfig, part: str, layers: Sequence[int], spec: dict[str, Any]
 ) -> None:
     """Give `layers` the specification; one entry for all layers where all are equal."""
-    read = config.attention_spec if part == "attention" else config.mlp_spec
+    given = getattr(config, part)
     count = config.num_hidden_layers
-    specs = [spec if i in set(layers) else _plain(read(i), config) for i in range(count)]
+    now = given if isinstance(given, list) else [given] * count
+    specs = [spec if i in set(layers) else now[i] for i in range(count)]
     setattr(config, part, specs[0] if all(s == specs[0] for s in specs) else specs)
     if problems := config.problems():
         raise UserError("\n".join(problems))
-
-
-def _plain(spec: AttentionSpec | MLPSpec, config: RoutedLlamaConfig) -> dict[str, Any]:
-    if isinstance(spec, MLPSpec) and spec.intermediate_size == config.intermediate_size:
-        spec = dataclasses.replace(spec, intermediate_size=None)
-    return spec.to_dict()
 
 
 def parse_layers(text: str | None, count: int) -> list[int]:

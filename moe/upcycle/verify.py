@@ -18,6 +18,7 @@ import moe.model  # noqa: F401  (registers RoutedLlama)
 from moe.errors import Corrupt, UserError
 from moe.model import LayerRouting, RoutedLlamaForCausalLM
 from moe.model.cache import CACHE
+from moe.model.spec import MoHAttention
 from moe.progress import Progress, quiet_libraries
 from moe.upcycle.tokenizer import load_tokenizer
 
@@ -234,11 +235,11 @@ def router_gradients(routed: PreTrainedModel, ids: Tensor) -> list[dict[str, Any
     if not isinstance(routed, RoutedLlamaForCausalLM):
         return []
     names = [n for n, _ in routed.named_parameters() if ".router." in n]
+    specs = map(routed.config.attention_spec, range(routed.config.num_hidden_layers))
     quiet = [
         f"model.layers.{i}.self_attn.q_proj.weight"
-        for i in range(routed.config.num_hidden_layers)
-        if routed.config.attention_spec(i).kind == "moh"
-        and routed.config.attention_spec(i).router == "qnorm"
+        for i, spec in enumerate(specs)
+        if isinstance(spec, MoHAttention) and spec.router == "qnorm"
     ]
     language, own = (_gradients(routed, ids, names + quiet, kind) for kind in ("language", "own"))
     detached = _gradients(routed, ids, quiet, "language", detach=True) if quiet else {}
@@ -265,7 +266,9 @@ def _gradients(
         # without coefficients: a zero coefficient must not hide a router that works
         unweighted = [load.balance for r in output.routing for load in r if load is not None]
         total = output.loss if loss == "language" else torch.stack(unweighted).sum()
-        found = torch.autograd.grad(total, parameters, allow_unused=True)
+        found: Sequence[Tensor | None] = [None] * len(parameters)
+        if total.requires_grad:  # soft attention has no loss of its own
+            found = torch.autograd.grad(total, parameters, allow_unused=True)
     finally:
         router.straight_through = through
     return {

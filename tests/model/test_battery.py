@@ -10,6 +10,9 @@ from moe.model.cache import CACHE
 DENSE = {"kind": "dense"}
 SIGMOID = {**MOE, "score": "sigmoid", "selection_bias": True, "shared_intermediate_size": 16}
 KV_GROUP = {"kind": "moh", "shared_heads": [0], "top_k": 1, "granularity": "kv_group"}
+EXPERTS = {"kind": "bam", "num_experts": 2}
+UNION = {"kind": "uoe", "num_experts": "groups", "top_k": 2}  # as many as there are KV groups
+SLICES = {"kind": "uoe", "num_experts": 4, "top_k": 2}
 HEADS = {"9/3": {}, "8/8": {"num_attention_heads": 8, "num_key_value_heads": 8, "head_dim": 8}}
 
 ARCHITECTURES = {
@@ -23,6 +26,16 @@ ARCHITECTURES = {
     "moe-sigmoid-shared-bias": (None, SIGMOID),
     "moh+moe": (MOH, MOE),
     "alternating": ([MOH, DENSE, TWO_STAGE], [MOE, SIGMOID, DENSE]),
+    "bam": (EXPERTS, None),
+    "bam-shared": ({**EXPERTS, "kv": "shared"}, MOE),
+    "bam-alternating": ([EXPERTS, DENSE, {**EXPERTS, "kv": "shared"}], [DENSE, MOE, DENSE]),
+    "uoe-attention": (UNION, None),
+    "uoe-attention-soft": ({**UNION, "weights": "soft", "sink_tokens": 3}, None),
+    "uoe-mlp": (None, SLICES),
+    "uoe-mlp-soft-shared": (None, {**SLICES, "weights": "soft", "shared_intermediate_size": 16}),
+    "uoe-mlp-threshold": (None, {**SLICES, "mode": "threshold"}),
+    "uoe": (UNION, SLICES),
+    "uoe-alternating": ([UNION, DENSE, MOH], [DENSE, SLICES, MOE]),
 }
 everything = pytest.mark.parametrize("architecture", ARCHITECTURES)
 heads = pytest.mark.parametrize("head_counts", HEADS)
@@ -31,7 +44,12 @@ heads = pytest.mark.parametrize("head_counts", HEADS)
 def build(architecture: str, head_counts: str = "9/3", dtype=torch.float64, family="llama"):
     attention, mlp = ARCHITECTURES[architecture]
     dense = dense_model(family, **HEADS[head_counts]).to(dtype)
-    return routed_model(dense, attention, mlp)
+    groups = dense.config.num_key_value_heads
+    specs = attention if isinstance(attention, list) else [attention]
+    counted = [
+        {**s, "num_experts": groups} if s and s.get("num_experts") == "groups" else s for s in specs
+    ]
+    return routed_model(dense, counted if isinstance(attention, list) else counted[0], mlp)
 
 
 def relative(actual: torch.Tensor, expected: torch.Tensor) -> float:
@@ -145,19 +163,19 @@ def test_router_gradient_equals_finite_differences(architecture, monkeypatch):
     x = torch.randn(1, 10, 72, dtype=torch.float64)
     weight = torch.randn_like(x)
     angle = torch.rand(1, 10, 8, dtype=torch.float64)
-    frozen: list[tuple[torch.Tensor, torch.Tensor]] = []
+    frozen: dict[torch.Size, tuple[torch.Tensor, torch.Tensor]] = {}
 
     def surrogate(mask, p):
-        if not frozen:
-            frozen.append((mask.detach(), p.detach()))
-        mask, start = frozen[0]
+        mask, start = frozen.setdefault(p.shape, (mask.detach(), p.detach()))
         return mask + (p - start)
 
     monkeypatch.setattr("moe.model.router.straight_through", surrogate)
 
     def loss() -> torch.Tensor:
         """Of attention and MLP without the norms, which transformers computes in float32."""
-        attended, _, heads_load = layer.self_attn(x, (angle.cos(), angle.sin()))
+        places = torch.arange(10)[None]
+        rotation = angle.cos(), angle.sin()
+        attended, _, heads_load = layer.self_attn(x, rotation, position_ids=places)
         routed = hasattr(layer.mlp, "experts")
         y, experts_load = layer.mlp(x, None, None) if routed else (layer.mlp(x), None)
         total = (weight * (attended + y)).sum()

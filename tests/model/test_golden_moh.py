@@ -2,67 +2,26 @@
 
 import pytest
 import torch
+from golden import HEAD_DIM, HEADS, TOKENS, attend, attention, close, inputs, weight
 
-from moe.model import AttentionSpec, RoutedLlamaConfig
-from moe.model.attention import RoutedAttention
-from moe.model.llama import LlamaRotaryEmbedding
 from moe.model.losses import measure
 from moe.model.router import NormRouter, TwoStageRouter, standardise, straight_through
-
-HIDDEN, HEADS, GROUPS, HEAD_DIM, TOKENS = 8, 6, 2, 2, 5
-
-
-def weight(seed: int, rows: int, columns: int) -> torch.Tensor:
-    """0.5·sin(1 + 0.7r + 1.3c + 2.1a + 1.7rc): a weight without a random generator."""
-    r = torch.arange(rows, dtype=torch.float64)[:, None]
-    c = torch.arange(columns, dtype=torch.float64)
-    return 0.5 * torch.sin(1 + 0.7 * r + 1.3 * c + 2.1 * seed + 1.7 * r * c)
+from moe.model.spec import MoHAttention
 
 
-def inputs() -> torch.Tensor:
-    t = torch.arange(TOKENS, dtype=torch.float64)[:, None]
-    j = torch.arange(HIDDEN, dtype=torch.float64)
-    return torch.cos(0.5 + 1.9 * (t + 1) * (j + 1) + 0.3 * t * t)[None]
-
-
-def attention(**spec) -> RoutedAttention:
-    config = RoutedLlamaConfig(
-        hidden_size=HIDDEN,
-        num_attention_heads=HEADS,
-        num_key_value_heads=GROUPS,
-        head_dim=HEAD_DIM,
-        num_hidden_layers=1,
-        rope_parameters={"rope_type": "default", "rope_theta": 1e4},
-        attention=spec or None,
-        attn_implementation="eager",
-    )
-    layer = RoutedAttention(config, 0).double()
-    for seed, projection in enumerate((layer.q_proj, layer.k_proj, layer.v_proj, layer.o_proj)):
-        projection.weight.data = weight(seed, *projection.weight.shape)
-    return layer
-
-
-def run(layer: RoutedAttention):
-    x = inputs()
-    positions = torch.arange(TOKENS)[None]
-    embeddings = LlamaRotaryEmbedding(layer.config)(x, positions)
-    causal = torch.full((TOKENS, TOKENS), -torch.inf, dtype=torch.float64).triu(1)[None, None]
-    output, _, load = layer(x, embeddings, causal)
+def run(layer):
+    """Output [S, H], gate [S, N] and load."""
+    output, load = attend(layer)
     gate = None
     if layer.router is not None:
+        x = inputs()
         queries = layer.q_proj(x).view(TOKENS, HEADS, HEAD_DIM)
         gate, load = layer.router(x[0], queries, None, None)
-    return output[0], gate, load
-
-
-def close(actual: torch.Tensor, expected: list[float], tolerance: float = 2e-6) -> None:
-    torch.testing.assert_close(
-        actual.double(), torch.tensor(expected, dtype=torch.float64), atol=tolerance, rtol=0
-    )
+    return output, gate, load
 
 
 def test_hand_computed_norm_router():
-    spec = AttentionSpec(kind="moh", top_k=2, balance_norm="paper")
+    spec = MoHAttention(top_k=2, balance_norm="paper")
     norms = torch.tensor([[1.0, 2.0, 3.0, 4.0]], dtype=torch.float64)
     z = standardise(norms, spec)
     close(z[0], [0.774597, 1.549193, 2.323790, 3.098387], 3e-6)
@@ -78,7 +37,7 @@ def test_hand_computed_norm_router():
 
 
 def test_hand_computed_two_stage_router():
-    spec = AttentionSpec(kind="moh", router="two_stage", shared_heads=(0, 1), top_k=2)
+    spec = MoHAttention(router="two_stage", shared_heads=(0, 1), top_k=2)
     router = TwoStageRouter(spec, 5, 1).double()
     router.shared.weight.data = torch.tensor([1.0, 3.0]).double().log()[:, None]
     router.mix.weight.data = torch.tensor([1.0, 3.0]).double().log()[:, None]
@@ -165,7 +124,7 @@ def test_straight_through_is_exactly_the_mask(dtype):
 
 
 def test_equal_norms_choose_the_first_heads_and_stay_finite():
-    router = NormRouter(AttentionSpec(kind="moh", top_k=2), 4, 4)
+    router = NormRouter(MoHAttention(top_k=2), 4, 4)
     queries = torch.ones(3, 4, 2, requires_grad=True)
     gate, load = router(torch.zeros(3, 1), queries, None, None)
     (gate.sum() + load.balance).backward()
@@ -174,7 +133,7 @@ def test_equal_norms_choose_the_first_heads_and_stay_finite():
 
 
 def test_two_routed_heads_have_a_constant_probability():
-    router = NormRouter(AttentionSpec(kind="moh", top_k=1), 2, 2)
+    router = NormRouter(MoHAttention(top_k=1), 2, 2)
     queries = torch.randn(6, 2, 4, requires_grad=True)
     _, load = router(torch.zeros(6, 1), queries, None, None)
     sides = torch.sort(load.probability).values.sum()
@@ -184,6 +143,6 @@ def test_two_routed_heads_have_a_constant_probability():
 
 
 def test_one_routed_head_is_always_on():
-    router = NormRouter(AttentionSpec(kind="moh", shared_heads=(0,), top_k=1), 2, 2)
+    router = NormRouter(MoHAttention(shared_heads=(0,), top_k=1), 2, 2)
     gate, load = router(torch.zeros(4, 1), torch.randn(4, 2, 3), None, None)
     assert gate.tolist() == [[1, 1]] * 4 and torch.isfinite(load.balance)

@@ -85,7 +85,7 @@ def dense_has_no_router_loss(dense, ids) -> bool:
 
 def test_selection_bias_moves_against_the_load_and_only_steers_the_choice():
     bias = torch.zeros(3)
-    update_selection_bias([bias], [torch.tensor([9.0, 1.0, 5.0])], rate=0.1)
+    update_selection_bias([bias], [torch.tensor([9.0, 1.0, 5.0])], [torch.tensor(5.0)], rate=0.1)
     torch.testing.assert_close(bias, torch.tensor([-0.1, 0.1, 0.0]))
     model = routed_model(dense_model(), None, {**MOE, "selection_bias": True, "renormalise": False})
     router = model.model.layers[0].mlp.router
@@ -106,5 +106,5 @@ def test_selection_bias_evens_out_a_skewed_router():
     first = router(x, None, None)[2].counts
     for _ in range(300):
         counts = router(x, None, None)[2].counts
-        update_selection_bias([router.selection_bias], [counts], rate=0.01)
+        update_selection_bias([router.selection_bias], [counts], [counts.mean()], rate=0.01)
     assert first.max() / first.mean() > 2 > 1.3 > counts.max() / counts.mean()
