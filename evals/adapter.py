@@ -31,6 +31,21 @@ def _without_bars(answer: Callable[..., Any]) -> Callable[..., Any]:
     return call
 
 
+def _causal_only(answer: Callable[..., Any]) -> Callable[..., Any]:
+    """The harness's method, refused where a token's likelihood would know what follows it."""
+
+    @functools.wraps(answer)
+    def call(lm: HFLM, *given: Any, **more: Any) -> Any:
+        if not getattr(lm.model.config, "causal", True):
+            raise UserError(
+                "this model is not causal while it scores a text (mlp.mode expert_choice or "
+                "sequence): its likelihoods mean nothing. Use token_choice or threshold."
+            )
+        return answer(lm, *given, **more)
+
+    return call
+
+
 class MoeLM(HFLM):
     """The harness's own Hugging Face model around a model loaded here, one process."""
 
@@ -44,7 +59,7 @@ class MoeLM(HFLM):
             max_length=max_length,
         )
 
-    _loglikelihood_tokens = _without_bars(HFLM._loglikelihood_tokens)
+    _loglikelihood_tokens = _causal_only(_without_bars(HFLM._loglikelihood_tokens))
     loglikelihood_rolling = _without_bars(HFLM.loglikelihood_rolling)
     generate_until = _without_bars(HFLM.generate_until)
 

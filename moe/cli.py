@@ -26,11 +26,17 @@ app = typer.Typer(
 
 # name: (module that holds a typer application called `app`, one line of help)
 COMMANDS = {
-    "import": ("moe.hf.command", "GGUF file, folder or hub id to a folder of safetensors."),
+    "import": (
+        "moe.hf.command",
+        "GGUF file, model folder (native mixtures too) or hub id to safetensors.",
+    ),
     "upcycle": ("moe.upcycle.command", "Turn a dense checkpoint into a mixture and prove it."),
     "data": ("moe.data.command", "Tokenise text into the files that training reads."),
     "train": ("moe.train.command", "Continue-train a model; under torchrun: -m moe.train."),
-    "export": ("moe.hf.export_command", "Training checkpoint to a Hugging Face folder."),
+    "export": (
+        "moe.hf.export_command",
+        "Checkpoint or model to a Hugging Face folder, native or with its code.",
+    ),
     "eval": ("moe.evals.command", "Evaluate with lm-evaluation-harness, beside baselines."),
     "inspect": ("moe.hf.inspect_command", "Architecture, parameters, routing and receipt."),
     "verify": ("moe.upcycle.verify_command", "Whether a folder still is what was written."),

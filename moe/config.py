@@ -55,6 +55,8 @@ class Train(Section):
     """torch.compile each layer."""
     trainable: list[str] = Field(["*"], min_length=1)
     """Parameters to train, as patterns: ["*.router.*"], ["*.experts.*"]; the rest is frozen."""
+    anneal_steps: int = Field(0, ge=0)
+    """Steps over which a union of experts comes down from all of them to its top_k."""
     selection_bias_rate: float = Field(1e-3, ge=0)
     """Step of the selection biases, for models that have them."""
     log_every: int = Field(10, gt=0)
@@ -127,6 +129,11 @@ class RunConfig(Section):
             problems.append(
                 f"schedule.warmup_steps={schedule.warmup_steps} exceeds train.steps={train.steps}: "
                 "the run would end while warming up."
+            )
+        if train.anneal_steps > train.steps:
+            problems.append(
+                f"train.anneal_steps={train.anneal_steps} exceeds train.steps={train.steps}: the "
+                "run would end with more experts than the model is to have."
             )
         if schedule.decay_steps and schedule.kind != "wsd":
             problems.append(f"schedule.decay_steps is for kind wsd, not {schedule.kind}.")

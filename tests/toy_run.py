@@ -77,11 +77,11 @@ class Toys:
         return f"data.validation=[{{path: {self.data}-validation}}]"
 
 
-def make(folder: Path) -> Toys:
+def make(folder: Path, attention: Any = ATTENTION, mlp: Any = MLP) -> Toys:
     """Write the model and the data."""
     model, data = folder / "model", folder / "data"
     dense = tiny.dense_model()
-    tiny.routed_model(dense, ATTENTION, MLP).save_pretrained(model)
+    tiny.routed_model(dense, attention, mlp).save_pretrained(model)
     tiny.tokenizer().save_pretrained(model)
     (model / "additional_chat_templates").mkdir()
     (model / "additional_chat_templates" / "short.jinja").write_text("{{ messages }}")

@@ -60,10 +60,12 @@ class NativeEngine:
                 module.set_force_sum_reduction_for_comms(True)
 
     def _adamw(self, config: RunConfig) -> torch.optim.AdamW:
-        trained = [p for p in self.model.parameters() if p.requires_grad]
+        trained = [(n, p) for n, p in self.model.named_parameters() if p.requires_grad]
+        # norms are not decayed, attention experts' norms (a row per head) among them
+        decayed = {n for n, p in trained if p.ndim >= 2 and "norm" not in n}
         groups: list[dict[str, Any]] = [
-            {"params": [p for p in trained if p.ndim >= 2]},
-            {"params": [p for p in trained if p.ndim < 2], "weight_decay": 0.0},
+            {"params": [p for n, p in trained if n in decayed]},
+            {"params": [p for n, p in trained if n not in decayed], "weight_decay": 0.0},
         ]
         options = config.optimizer
         return torch.optim.AdamW(

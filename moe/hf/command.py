@@ -23,7 +23,9 @@ def run(
         ),
     ] = None,
 ) -> None:
-    """Bring a LLaMA-like model into a folder of safetensors with a receipt."""
+    """Bring a LLaMA-like model, or a Mixtral, GraniteMoe or Qwen2-MoE, into a folder of safetensors
+    with a receipt. The mixtures become RoutedLlamas, where they compute nothing else.
+    """
     receipt = import_model(source, out, getattr(torch, dtype) if dtype else None)
     size = sum(entry["bytes"] for entry in receipt.files.values())
     typer.echo(f"{out}: {len(receipt.tensors)} tensors, {size / 1e9:.2f} GB, receipt.json")

@@ -1,104 +1,207 @@
-"""A training checkpoint, or a model folder, as a Hugging Face folder of safetensors.
+"""A training checkpoint, or a RoutedLlama folder, in the form that others read.
 
-export(Path("runs/a/checkpoints/step-500"), Path("tuned"), dtype=torch.bfloat16)
+    export(Path("runs/a/checkpoints/step-500"), Path("tuned"), dtype=torch.bfloat16)
+    export(Path("tuned"), Path("mixtral"), to="mixtral", text=Path("held-out.txt"))
+
+`hf` keeps everything as it is. The other forms must compute the same: what they have no room for is
+refused, and what was written is loaded and compared before it appears under its name.
 """
 
+import json
 import time
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from types import SimpleNamespace
+from typing import Any, Literal
 
 import torch
-from transformers import AutoConfig
+from torch import Tensor
+from transformers import PreTrainedConfig
+from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
-import moe.model  # noqa: F401  (registers RoutedLlama)
-from moe.checkpoint import store
-from moe.checkpoint.manifest import NAME, Manifest, TensorRecord
+from moe.checkpoint.manifest import NAME
 from moe.errors import Corrupt, UserError
+from moe.hf import proof, remote_code
+from moe.hf.dense import dense_model
 from moe.hf.importing import write_both_ropes
-from moe.hf.inspect import checkpoint_steps
+from moe.hf.layouts import native_plan
+from moe.hf.native import native_config
+from moe.hf.origin import Origin, Plan
+from moe.model import RoutedLlamaConfig
 from moe.upcycle import writer
-from moe.upcycle.expression import Concat, Expression, Read
 from moe.upcycle.receipt import Receipt, seal, versions
-from moe.upcycle.source import Source, StoredTensor, hash_file, read_header
+from moe.upcycle.tokenizer import keep_class
+from moe.upcycle.verify import assembled, load
+
+Form = Literal[
+    "hf", "mixtral", "granitemoe", "granitemoeshared", "qwen2_moe", "dense", "remote-code"
+]
+UNVERIFIED = "unverified"  # holds the config until then: a folder without one loads nowhere
+PROBED = (2, 64)  # windows and tokens of the comparison in another process
 
 
-def export(path: Path, out: Path, dtype: torch.dtype | None = None) -> Receipt:
-    """Write the weights of `path` to `out`, in their own dtype unless told otherwise.
+@dataclass(frozen=True, slots=True)
+class Target:
+    """Config and tensors to be written, and what is to be said of them."""
 
-    Raises UserError where `path` is neither a checkpoint nor a model folder or `out` exists,
-    Corrupt where a file is damaged or missing.
+    config: PreTrainedConfig
+    plan: Plan
+    notes: list[str]
+
+
+def export(
+    path: Path,
+    out: Path,
+    dtype: torch.dtype | None = None,
+    to: Form = "hf",
+    text: Path | None = None,
+    verify: bool = True,
+    quiet: bool = False,
+) -> Receipt:
+    """Write `path` to `out` as `to`, in its own dtype unless told otherwise.
+
+    Raises UserError where `path` is neither a checkpoint nor a model folder, `out` exists or the
+    model does not fit; Corrupt where a file is damaged or missing, or the result computes something
+    else.
     """
-    if store.is_checkpoint(path):
-        return _export_checkpoint(path, out, dtype)
-    source = Source.open(path)
-    earlier = Receipt.read(path)
-    plan: writer.Plan = {name: Read(tensor) for name, tensor in source.tensors.items()}
-    hashes = {name: hash_file(path / name) for name in source.files}
-    steps = earlier.steps if earlier else []
-    return _write(path, out, plan, [source], [*steps, _step(path, hashes, dtype)], dtype)
+    origin = Origin.open(path)
+    # before anything else is done to them: a factor of a weight is not to be rounded twice
+    origin = replace(origin, plan=writer.cast(origin.plan, dtype))
+    if to == "hf":
+        if text is not None:
+            raise UserError(
+                "--text: --to hf keeps every tensor as it is, so nothing is compared. Leave it out."
+            )
+        return _write(origin, Target(origin.config, origin.plan, []), out, to, dtype, None, quiet)
+    target = prepare(origin, to)
+    sample = proof.choose(path, text, origin.config) if verify else None
+    return _write(origin, target, out, to, dtype, sample, quiet)
 
 
-def _export_checkpoint(path: Path, out: Path, dtype: torch.dtype | None) -> Receipt:
-    if problems := store.check(path):
-        raise Corrupt("\n".join(problems))
-    manifest = Manifest.read(path)
-    pieces = {
-        (name, key): tensor
-        for name in manifest.files
-        if name.endswith(".safetensors")
-        for key, tensor in read_header(path / name).items()
-    }
-    plan = {
-        key.split("/", 1)[1]: _whole(record, pieces)
-        for key, record in manifest.tensors.items()
-        if record.kind in ("parameter", "buffer")
-    }
-    steps = [*checkpoint_steps(manifest), _step(path, {NAME: hash_file(path / NAME)}, dtype)]
-    return _write(path, out, plan, [], steps, dtype)
-
-
-def _whole(record: TensorRecord, pieces: dict[tuple[str, str], StoredTensor]) -> Expression:
-    """A tensor from the blocks that ranks stored: engines divide along the first dimension."""
-    parts = sorted(record.pieces, key=lambda piece: piece.offset)
-    assert all(p.shape[1:] == record.shape[1:] for p in parts), record
-    reads = tuple(Read(pieces[p.file, p.key]) for p in parts)
-    return reads[0] if len(reads) == 1 else Concat(reads)
-
-
-def _step(path: Path, hashes: dict[str, str], dtype: torch.dtype | None) -> dict[str, Any]:
-    return {
-        "recipe": "export",
-        "options": {"to": "hf", "dtype": str(dtype).removeprefix("torch.") if dtype else None},
-        "versions": versions(),
-        "sources": [{"path": str(path), "files": {n: {"xxh3": h} for n, h in hashes.items()}}],
-        "created": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
-    }
+def prepare(origin: Origin, to: Form) -> Target:
+    """What is to be written. Raises UserError with all that the form has no room for."""
+    config = origin.config
+    if not isinstance(config, RoutedLlamaConfig):
+        raise UserError(
+            f"{origin.path} is a {config.model_type}: --to {to} takes RoutedLlama folders and "
+            "checkpoints of their training. Use --to hf."
+        )
+    if to == "remote-code":
+        return Target(config, origin.plan, ["the model's own code beside its weights"])
+    try:
+        if to == "dense":
+            return Target(*dense_model(config, origin.plan))
+        stored = next(e.dtype for n, e in origin.plan.items() if n.endswith(".weight"))
+        native, notes = native_config(config, to, stored)
+    except UserError as error:
+        raise UserError(f"{origin.path}: {error}") from None
+    return Target(native, native_plan(origin.plan, config, to), notes)
 
 
 def _write(
-    path: Path,
+    origin: Origin,
+    target: Target,
     out: Path,
-    plan: writer.Plan,
-    sources: list[Source],
-    steps: list[dict[str, Any]],
+    to: Form,
     dtype: torch.dtype | None,
+    sample: proof.Sample | None,
+    quiet: bool,
 ) -> Receipt:
-    try:
-        config = AutoConfig.from_pretrained(path, trust_remote_code=False)
-    except (OSError, ValueError) as error:
-        raise UserError(f"{path}: config.json cannot be read: {error}") from error
-    identity = {**steps[-1], "created": None}
-    staging = writer.Staging(out, writer.fingerprint(identity))
+    step = _step(origin, target, to, dtype)
+    staging = writer.Staging(out, writer.fingerprint({**step, "created": None}))
     staging.open()
-    plan = writer.cast(plan, dtype)
-    written = writer.write_weights(plan, sources, staging)
+    written = writer.write_weights(target.plan, origin.sources, staging, quiet)
+    receipt = Receipt(steps=[*origin.steps, step], files=written.files, tensors=written.tensors)
     with writer.building(staging):
-        writer.copy_side_files(path, staging.folder)
+        writer.copy_side_files(origin.path, staging.folder)
         (staging.folder / NAME).unlink(missing_ok=True)  # the checkpoint's, which this is not
-        config.dtype = next(e.dtype for e in plan.values() if e.dtype.is_floating_point)
-        config.save_pretrained(staging.folder)
-        write_both_ropes(staging.folder / "config.json")
-        receipt = Receipt(steps=steps, files=written.files, tensors=written.tensors)
+        aside = staging.folder / UNVERIFIED
+        _write_config(target, to, staging.folder, aside)
+        with assembled(staging.folder, aside) as whole:
+            keep_class(origin.path, whole, staging.folder)
+        if sample is not None:
+            receipt.verification = _verify(origin, to, sample, staging.folder, quiet)
+        for file in aside.iterdir():
+            file.rename(staging.folder / file.name)
+        aside.rmdir()
         seal(staging.folder, receipt)
         staging.publish()
     return receipt
+
+
+def _step(
+    origin: Origin, target: Target, to: Form, dtype: torch.dtype | None
+) -> dict[str, Any]:  # fmt: skip
+    step: dict[str, Any] = {
+        "recipe": "export",
+        "options": {"to": to, "dtype": str(dtype).removeprefix("torch.") if dtype else None},
+        "versions": versions(),
+        "sources": [
+            {"path": str(origin.path), "files": {n: {"xxh3": h} for n, h in origin.files.items()}}
+        ],
+    }
+    if to != "hf":
+        notes = ["the same function in another form", *target.notes]
+        step |= {"exact": True, "statement": "; ".join(notes)}
+    return step | {"created": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime())}
+
+
+def _write_config(target: Target, to: Form, folder: Path, aside: Path) -> None:
+    """Write config.json to `aside`, and the code that it names to `folder`."""
+    config = target.config
+    config.dtype = next(e.dtype for e in target.plan.values() if e.dtype.is_floating_point)
+    if isinstance(architecture := MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.get(config.model_type), str):
+        config.architectures = [architecture]
+    config.save_pretrained(aside)
+    file = aside / "config.json"
+    fields = json.loads(file.read_text())
+    fields.pop("auto_map", None)  # names files that are not copied
+    if to == "remote-code":
+        fields["auto_map"] = remote_code.write_code(folder)
+    if to == "qwen2_moe" and not fields["sliding_window"]:
+        fields["sliding_window"] = None  # transformers' 0 means none, and it reads None as well
+    file.write_text(json.dumps(fields, indent=2) + "\n")
+    write_both_ropes(file)
+
+
+def _verify(
+    origin: Origin, to: Form, sample: proof.Sample, folder: Path, quiet: bool
+) -> dict[str, Any]:  # fmt: skip
+    """Compare what was written with the model; Corrupt where it is not the same."""
+    assert isinstance(origin.config, RoutedLlamaConfig)
+    original = proof.reference(origin.config, origin.plan)
+    with assembled(folder, folder / UNVERIFIED) as whole:
+        proof.require_same_tokens(sample, whole, origin.config.vocab_size)
+        written: proof.Logits
+        if to == "remote-code":
+            windows, length = PROBED
+            sample = replace(sample, ids=sample.ids[:windows, :length])
+            written = _Recorded(remote_code.probe(whole, sample.ids))
+        else:
+            try:
+                written = load(whole)
+            except UserError as error:  # keys differ: ours to answer for, not the user's
+                raise Corrupt(f"{error}. Not published.") from error
+    record = proof.prove(original, written, sample, quiet)
+    if record["status"] == "fail":
+        found = {f"on {record['text']}": record, "over the whole context": record["long"]}
+        raise Corrupt(
+            f"what was written should compute what {origin.path} computes and does not: "
+            + ", ".join(
+                f"relative difference {r['relative_difference']:.1e} {where} (bound {r['bound']:g})"
+                for where, r in found.items()
+                if r is not None
+            )
+            + ". Not published."
+        )
+    return record
+
+
+class _Recorded:
+    """Stands for a model whose logits another process computed, window by window."""
+
+    def __init__(self, logits: Tensor) -> None:
+        self.windows = iter(logits)
+
+    def __call__(self, input_ids: Tensor, **kwargs: Any) -> Any:
+        return SimpleNamespace(logits=next(self.windows)[None])

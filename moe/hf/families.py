@@ -3,10 +3,11 @@
 config = routed_config(AutoConfig.from_pretrained(folder))
 """
 
+import dataclasses
 from collections.abc import Callable
 from typing import Any
 
-from transformers import PreTrainedConfig
+from transformers import CONFIG_MAPPING, PreTrainedConfig
 
 from moe.errors import UserError
 from moe.model.config import RoutedLlamaConfig
@@ -48,6 +49,9 @@ OBSTACLES: dict[str, tuple[Any, ...]] = {
     "partial_rotary_factor": (None, 1.0),
 }
 
+# Fields of a RoutedLlamaConfig that say nothing of what it computes outside its routed parts.
+WITHOUT_EFFECT = {"attention", "mlp", "source_model_type", "pretraining_tp"}
+
 
 def require_family(field: str, value: Any) -> None:
     """Raises UserError, naming the field and the families that work, where `value` is not one."""
@@ -65,7 +69,8 @@ def routed_config(dense: PreTrainedConfig) -> RoutedLlamaConfig:
     a copy. Raises UserError naming the field that stands in the way.
     """
     if isinstance(dense, RoutedLlamaConfig):
-        return RoutedLlamaConfig.from_dict(dense.to_dict())
+        fields = {k: v for k, v in dense.to_dict().items() if k != "auto_map"}  # of a copy of ours
+        return RoutedLlamaConfig.from_dict(fields)
     family = dense.model_type
     require_family("model_type", family)
     rope = getattr(dense, "rope_parameters", None) or {}  # transformers moves some fields there
@@ -83,3 +88,36 @@ def routed_config(dense: PreTrainedConfig) -> RoutedLlamaConfig:
     for own in ("model_type", "architectures", "transformers_version", "auto_map"):
         fields.pop(own, None)
     return RoutedLlamaConfig(**{**fields, **FAMILIES[family](dense), "source_model_type": family})
+
+
+def computes_differently(config: RoutedLlamaConfig, other: RoutedLlamaConfig) -> list[str]:
+    """Every field outside the routed parts in which two configs differ, as `field=value`.
+
+    What nothing in a model of `config` reads may differ.
+    """
+    fields = _declared(RoutedLlamaConfig) - _declared(PreTrainedConfig) - WITHOUT_EFFECT
+    if "sliding_attention" not in (config.layer_types or ()):
+        fields -= {"sliding_window"}
+    if all(config.mlp_spec(i).kind != "dense" for i in range(config.num_hidden_layers)):
+        fields -= {"intermediate_size"}
+    pairs = [(field, getattr(config, field), getattr(other, field)) for field in sorted(fields)]
+    return [f"{field}={ours!r}" for field, ours, theirs in pairs if ours != theirs]
+
+
+def carried(config: PreTrainedConfig, target: type[PreTrainedConfig]) -> dict[str, Any]:
+    """The fields of `config` that a config of another class takes over as they are.
+
+    Those it declares itself, and those that none of the classes knows: they are the user's own.
+    """
+    known = _declared(target)
+    foreign = set().union(*(_declared(c) for c in (type(config), *_family_classes()))) - known
+    leave = {"model_type", "architectures", "transformers_version", "auto_map", "_name_or_path"}
+    return {k: v for k, v in config.to_dict().items() if k not in foreign and k not in leave}
+
+
+def _declared(config_class: type[PreTrainedConfig]) -> set[str]:
+    return {field.name for field in dataclasses.fields(config_class)}
+
+
+def _family_classes() -> list[type[PreTrainedConfig]]:
+    return [CONFIG_MAPPING[family] for family in FAMILIES]

@@ -14,10 +14,14 @@ import torch
 from moe.errors import MoeError, UserError
 from moe.hf.families import routed_config
 from moe.hf.gguf_file import read_gguf
+from moe.hf.layouts import has_shared_expert, routed_plan
+from moe.hf.native import HOMES, from_native
+from moe.model import RoutedLlamaConfig
 from moe.upcycle import writer
 from moe.upcycle.receipt import Receipt, seal, versions
 from moe.upcycle.recipes import unchanged
 from moe.upcycle.source import PICKLES, Source, hash_file
+from moe.upcycle.tokenizer import keep_class
 
 
 def import_model(source: str, out: Path, dtype: torch.dtype | None = None) -> Receipt:
@@ -59,20 +63,44 @@ def _import_gguf(path: Path, out: Path, dtype: torch.dtype) -> Receipt:
 
 def _import_folder(folder: Path, name: str, out: Path, dtype: torch.dtype | None) -> Receipt:
     source = Source.open(folder)
-    plan = writer.cast(unchanged(source), dtype)
+    native = source.config.model_type in HOMES
+    config, plan = _routed(source) if native else (None, unchanged(source))
+    plan = writer.cast(plan, dtype)
     step = _step(name, {n: folder / n for n in ("config.json", *source.files)}, dtype)
     staging = writer.Staging(out, writer.fingerprint({**step, "created": None}))
     staging.open()
     written = writer.write_weights(plan, [source], staging)
     with writer.building(staging):
         writer.copy_side_files(folder, staging.folder)
-        config = json.loads((folder / "config.json").read_text())
-        if dtype is not None:
-            config["dtype"] = str(dtype).removeprefix("torch.")
-            config.pop("torch_dtype", None)  # the same field's older name
-        (staging.folder / "config.json").write_text(json.dumps(config, indent=2) + "\n")
+        if config is None:
+            _copy_config(folder, staging.folder, dtype)
+        else:
+            config.dtype = next(e.dtype for e in plan.values() if e.dtype.is_floating_point)
+            config.save_pretrained(staging.folder)
+            keep_class(folder, staging.folder, staging.folder)
         known = Receipt.read(folder)
         return _publish(staging, step, written, known.steps if known else ())
+
+
+def _copy_config(folder: Path, target: Path, dtype: torch.dtype | None) -> None:
+    fields = json.loads((folder / "config.json").read_text())
+    if dtype is not None:
+        fields["dtype"] = str(dtype).removeprefix("torch.")
+        fields.pop("torch_dtype", None)  # the same field's older name
+    fields.pop("auto_map", None)  # names code, which is not copied
+    (target / "config.json").write_text(json.dumps(fields, indent=2) + "\n")
+
+
+def _routed(source: Source) -> tuple[RoutedLlamaConfig, writer.Plan]:
+    """A folder of one of transformers' mixtures as a RoutedLlama."""
+    family = source.config.model_type
+    try:
+        shared = family != "qwen2_moe" or has_shared_expert(source.tensors)
+        config = from_native(source.config, shared)
+        config.architectures = ["RoutedLlamaForCausalLM"]
+        return config, routed_plan(source.tensors, config, family)
+    except MoeError as error:
+        raise type(error)(f"{source.folder}: {error}") from None
 
 
 def _publish(

@@ -6,6 +6,7 @@ from typing import Any
 
 from moe.checkpoint.manifest import Manifest, is_complete
 from moe.hf.families import routed_config
+from moe.hf.native import HOMES, from_native
 from moe.model import AttentionSpec, RoutedLlamaConfig
 from moe.model.accounting import parameter_counts
 from moe.model.spec import BAMAttention, DenseMLP, MoHAttention, UoEAttention
@@ -16,7 +17,8 @@ from moe.upcycle.source import read_config
 def inspect(folder: Path) -> dict[str, Any]:
     """Architecture, parameters, the routing of each layer, and the receipt, ready for JSON."""
     source = read_config(folder)
-    config = routed_config(source)
+    native = source.model_type in HOMES
+    config = from_native(source) if native else routed_config(source)
     total, active = parameter_counts(config)
     receipt = Receipt.read(folder)
     if is_complete(folder):  # a training checkpoint carries its model's history along

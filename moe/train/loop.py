@@ -24,11 +24,12 @@ from moe.model import LayerLoad, RoutedLlamaConfig, RoutedLlamaForCausalLM
 from moe.model.accounting import flops_per_token
 from moe.model.losses import update_selection_bias
 from moe.model.spec import DenseMLP
+from moe.model.union import UnionRouter
 from moe.parallel.world import Ranks, world
 from moe.progress import quiet_libraries
 from moe.train.loads import LoadMeter, StepLoads
 from moe.train.metrics import Reporter, peak_flops
-from moe.train.schedule import learning_rate
+from moe.train.schedule import annealed, learning_rate
 from moe.upcycle.receipt import Receipt, versions
 from moe.upcycle.source import Source, require_finite
 from moe.upcycle.writer import copy_side_files
@@ -92,8 +93,19 @@ class Run:
             self.validation = build_dataset(sources, num_samples=None, **shared)
         model = load_model(source)
         self.model_config: RoutedLlamaConfig = model.config
+        if self.validation is not None and not self.model_config.causal:
+            raise UserError(
+                f"model={config.model} is not causal (mlp.mode expert_choice or sequence): its "
+                "loss on whole sequences is no validation. Remove data.validation."
+            )
         receipt = Receipt.read(config.model)
         self.origin = receipt.steps if receipt else []
+        self.unions = [m for m in model.modules() if isinstance(m, UnionRouter)]
+        if config.train.anneal_steps and not self.unions:
+            raise UserError(
+                f"train.anneal_steps={config.train.anneal_steps}: model={config.model} has no "
+                "union of experts to anneal."
+            )
         self.engine: Engine = engines.build(model, config, ranks)
         self.biases = [e.tensor for e in self.engine.state() if e.name.endswith(BUFFERS)]
         self.meter = LoadMeter(self.model_config)
@@ -144,6 +156,9 @@ class Run:
         Raises MoeError where the loss or the gradient is not finite: nothing is updated then.
         """
         settings, device = self.config.train, self.ranks.device
+        for router in self.unions:
+            experts, top_k = router.spec.num_experts, router.spec.top_k
+            router.top_k = annealed(experts, top_k, self.step, settings.anneal_steps)
         micro = [next(batches) for _ in range(batches.micro_batches_per_step)]
         micro = [{k: v.to(device, non_blocking=True) for k, v in b.items()} for b in micro]
         labelled = self.ranks.sum(torch.stack([b["loss_mask"].sum() for b in micro]).sum())

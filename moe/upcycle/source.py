@@ -207,7 +207,7 @@ def require_finite(folder: Path, tensors: Iterable[tuple[str, Tensor]]) -> None:
 
 def bytes_of(block: Tensor) -> memoryview:
     """The bytes of a block as they are stored."""
-    return memoryview(block.contiguous().view(torch.uint8).numpy().data)
+    return memoryview(block.contiguous().view(torch.uint8).flatten().numpy().data)
 
 
 def block_rows(columns: int, dtype: torch.dtype) -> int:

@@ -8,27 +8,35 @@ import json
 from pathlib import Path
 from typing import Any
 
-from transformers import AutoConfig, AutoTokenizer
+from transformers import AutoTokenizer
 
 NAME = "tokenizer_config.json"
 
 
-def load_tokenizer(folder: Path, config: Path | None = None) -> Any:
-    """The tokenizer of `folder`; `config` is the folder of the model's config if it is another.
+def load_tokenizer(folder: Path) -> Any:
+    """The tokenizer of a model folder.
 
-    Raises whatever transformers raises where there is none.
+    Raises OSError where it has no files of one, or whatever transformers raises over what there is.
     """
-    described = AutoConfig.from_pretrained(config or folder, trust_remote_code=False)
-    return AutoTokenizer.from_pretrained(folder, config=described, trust_remote_code=False)
+    if not has_tokenizer(folder):  # some families' classes load from nothing at all
+        raise OSError(f"{folder} has no files of a tokenizer")
+    return AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
 
 
-def keep_class(parent: Path, target: Path, config: Path) -> None:
-    """Name the parent's class in the target's tokenizer config, where it would get another."""
+def has_tokenizer(folder: Path) -> bool:
+    return any(folder.glob("tokenizer*")) or (folder / "vocab.json").is_file()
+
+
+def keep_class(parent: Path, whole: Path, target: Path) -> None:
+    """Name the parent's class in the target's tokenizer config, where it would get another.
+
+    `whole` is the target with its config in place, of links where it is not there yet.
+    """
     try:
         wanted = type(load_tokenizer(parent)).__name__
     except Exception:  # no tokenizer, or none that can be read: nothing to keep
         return
-    if type(load_tokenizer(target, config)).__name__ == wanted:
+    if type(load_tokenizer(whole)).__name__ == wanted:
         return
     path = target / NAME
     settings = json.loads(path.read_text()) if path.is_file() else {}

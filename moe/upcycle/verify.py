@@ -4,15 +4,17 @@ Where the method preserves the function the result is pass or fail at a relative
 of 1e-5; where it does not, the numbers are stated and nothing is claimed.
 """
 
+import contextlib
 import math
-from collections.abc import Sequence
+import tempfile
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 from torch.nn import functional as F
-from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
+from transformers import AutoModelForCausalLM, PreTrainedModel
 
 import moe.model  # noqa: F401  (registers RoutedLlama)
 from moe.errors import Corrupt, UserError
@@ -35,19 +37,19 @@ def verify(
     target: Path,
     text: Path | None = None,
     exact: bool = False,
-    config: Path | None = None,
     quiet: bool = False,
+    others: Sequence[Path] = (),
 ) -> dict[str, Any]:
     """Compare `target` with `parent` and measure its routers; a JSON-ready record.
 
     Both models are held in memory in float32. `text` is a text file that neither was fitted on;
-    without one, the Python documentation serves. `config` is the folder of the target's config
-    where it is not `target`. Raises Corrupt where logits are not finite.
+    without one, the Python documentation serves. `others` are what else was mixed in: their
+    perplexity is measured too. Raises Corrupt where logits are not finite.
     """
     quiet_libraries()
-    dense, routed = load(parent), load(target, config)
+    dense, routed = load(parent), load(target)
     ids, name = windows(parent, text, dense.config.vocab_size)
-    converted, _ = windows(target, text, routed.config.vocab_size, config)
+    converted, _ = windows(target, text, routed.config.vocab_size)
     if not torch.equal(ids, converted):
         raise Corrupt(f"the tokenizer of {parent} splits {name} differently than the result's own.")
     record: dict[str, Any] = {"text": name, "windows": list(ids.shape), "dtype": "float32"}
@@ -56,8 +58,14 @@ def verify(
     if not math.isfinite(record["relative_difference"]):
         raise Corrupt(f"logits of {parent} or of what was made of it are not finite.")
     record |= {"long": _long_window(dense, routed, ids)}
-    record |= {"decoding": decoding_difference(routed, ids[:1, :64])}
+    if getattr(routed.config, "causal", True):
+        record |= {"decoding": decoding_difference(routed, ids[:1, :64])}
+    else:  # what follows a token has a say in it: such a number would flatter
+        record |= {"decoding": None}
+        record["perplexity"]["converted"] = None
     del dense
+    if others:
+        record["sources"] = {str(f): perplexity(load(f), ids) for f in dict.fromkeys(others)}
     record["gradients"] = router_gradients(routed, ids[:1])
     if exact:
         passes = record["relative_difference"] <= EXACT
@@ -67,18 +75,12 @@ def verify(
     return record
 
 
-def load(folder: Path, config: Path | None = None) -> PreTrainedModel:
-    """A model folder in float32, its config in a folder of its own if `config` says so.
-
-    Raises UserError where its keys and the model's differ.
-    """
+def load(folder: Path) -> PreTrainedModel:
+    """A model folder in float32. Raises UserError where its keys and the model's differ."""
     model: PreTrainedModel
     info: dict[str, Any]
     model, info = AutoModelForCausalLM.from_pretrained(  # type: ignore[misc]
-        folder,
-        config=AutoConfig.from_pretrained(config or folder, trust_remote_code=False),
-        dtype=torch.float32,
-        output_loading_info=True,
+        folder, dtype=torch.float32, output_loading_info=True, trust_remote_code=False
     )
     for kind in ("missing_keys", "unexpected_keys", "mismatched_keys"):
         if info[kind]:
@@ -88,17 +90,11 @@ def load(folder: Path, config: Path | None = None) -> PreTrainedModel:
     return model.eval()
 
 
-def windows(
-    folder: Path, text: Path | None, vocab_size: int, config: Path | None = None
-) -> tuple[Tensor, str]:
-    """Token ids [windows, length] spread over the text, and what the text was.
-
-    `config` is the folder of the model's config, where that is not `folder`: it decides which class
-    of tokenizer transformers takes.
-    """
+def windows(folder: Path, text: Path | None, vocab_size: int) -> tuple[Tensor, str]:
+    """Token ids [windows, length] spread over the text, and what the text was."""
     content, name = default_text() if text is None else (_read(text), text.name)
     try:
-        tokenizer = load_tokenizer(folder, config)
+        tokenizer = load_tokenizer(folder)
     except Exception as error:  # transformers raises what it likes over a bad tokenizer
         reason = str(error).strip().split("\n")[0].rstrip(".:")
         raise UserError(
@@ -136,6 +132,22 @@ def _read(path: Path) -> str:
         raise UserError(f"--text {path} cannot be read: {error}") from error
 
 
+@contextlib.contextmanager
+def assembled(folder: Path, config: Path) -> Iterator[Path]:
+    """A folder of links that is as `folder` will be, with what still lies aside in `config`.
+
+    In a temporary place: what is half made must load nowhere that a user looks.
+    """
+    with tempfile.TemporaryDirectory() as temporary:
+        whole = Path(temporary) / "model"
+        whole.mkdir()
+        # a run that was killed late has left a config in place: the one aside counts
+        files = {file.name: file for file in [*folder.iterdir(), *config.iterdir()]}
+        for name, file in files.items():
+            (whole / name).symlink_to(file.resolve())
+        yield whole
+
+
 @torch.no_grad()
 def compare(
     dense: PreTrainedModel, routed: PreTrainedModel, ids: Tensor, progress: Progress
@@ -163,6 +175,16 @@ def compare(
         "perplexity": {key: math.exp(loss / count) for key, loss in losses.items()},
         "loads": _loads(sums),
     }
+
+
+@torch.no_grad()
+def perplexity(model: PreTrainedModel, ids: Tensor) -> float:
+    """Of windows [N, S], each scored by itself."""
+    losses = []
+    for window in ids:
+        logits = model(window[None], use_cache=False).logits[0]
+        losses.append(F.cross_entropy(logits[:-1], window[1:]).item())
+    return math.exp(sum(losses) / len(losses))
 
 
 @torch.no_grad()
@@ -278,15 +300,18 @@ def _gradients(
 
 def summary(record: dict[str, Any]) -> str:
     """A verification in a few lines for people."""
-    perplexity = record["perplexity"]
+    parent, converted = record["perplexity"]["parent"], record["perplexity"]["converted"]
     status = {"pass": "preserved", "fail": "NOT preserved", "measured": "measured, nothing claimed"}
     lines = [
         f"verified on {record['text']}, {record['windows'][0]} × {record['windows'][1]} tokens: "
         f"{status[record['status']]}",
         f"  relative logit difference {record['relative_difference']:.2e}, largest "
         f"{record['maximum_difference']:.2e}, argmax agrees {record['argmax_agreement']:.1%}",
-        f"  perplexity: parent {perplexity['parent']:.3f}, converted {perplexity['converted']:.3f}",
+        f"  perplexity: parent {parent:.3f}, converted "
+        + (f"{converted:.3f}" if converted is not None else "not measured, it looks ahead"),
     ]
+    for source, value in record.get("sources", {}).items():
+        lines.append(f"  perplexity of {source}: {value:.3f}")
     for part, noun in (("attention", "heads"), ("mlp", "experts")):
         loads = [x for x in record.get("loads", []) if x["part"] == part]
         if loads:

@@ -20,6 +20,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from moe.checkpoint import store
 from moe.engines.base import Entry
+from moe.errors import UserError
 from moe.evals.adapter import MoeLM
 from moe.upcycle.writer import copy_side_files
 
@@ -116,6 +117,19 @@ def test_the_adapters_likelihoods_are_those_of_the_logits(name, toys):
     rolling = requests("loglikelihood_rolling", [(TEXT,)])
     (value,) = lm.loglikelihood_rolling(rolling, disable_tqdm=True)
     assert math.isclose(value, likelihood(toys(name), "", TEXT)[0], rel_tol=1e-4)
+
+
+def test_what_looks_ahead_is_not_scored(toys, tmp_path):
+    options = ("--mlp-experts", 4, "--mode", "expert_choice", "--no-verify")
+    assert (
+        moe("upcycle", "uoe", "--source", toys("dense"), "--out", tmp_path / "m", *options).code
+        == 0
+    )
+    lm = MoeLM(tmp_path / "m")
+    with pytest.raises(UserError, match=r"not causal.*token_choice"):
+        lm.loglikelihood(requests("loglikelihood", [("import", " json")]), disable_tqdm=True)
+    with pytest.raises(UserError, match="not causal"):
+        lm.loglikelihood_rolling(requests("loglikelihood_rolling", [(TEXT,)]), disable_tqdm=True)
 
 
 def test_generation_is_the_models_own(toys):

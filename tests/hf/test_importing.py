@@ -288,7 +288,7 @@ def test_a_folder_of_pickles_is_refused(dense, refused):
     assert "pytorch_model.bin" in message and "safetensors and GGUF" in message
 
 
-@pytest.mark.parametrize("kind", ["gpt2", "gemma", "gemma2", "mixtral", "phi", "phi3", "granite"])
+@pytest.mark.parametrize("kind", ["gpt2", "gemma", "gemma2", "olmoe", "phi", "phi3", "granite"])
 def test_other_families_are_refused_by_name(kind, dense, refused):
     (dense / "config.json").write_text(json.dumps(AutoConfig.for_model(kind).to_dict()))
     message = refused(2, dense)

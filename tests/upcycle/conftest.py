@@ -12,8 +12,8 @@ import torch
 from invoke import Result, moe
 from safetensors.torch import load_file
 
-from moe.upcycle.command import Request, run
 from moe.upcycle.recipes import Recipe
+from moe.upcycle.run import Request, run
 
 
 @pytest.fixture(scope="session")
@@ -52,6 +52,21 @@ def moe_upcycle() -> Callable[..., Result]:
     return functools.partial(moe, "upcycle")
 
 
+@pytest.fixture
+def refused(moe_upcycle, tmp_path) -> Callable[..., str]:
+    """Call, demand the exit code and that nothing was left behind; returns the message."""
+
+    def call(code: int, *arguments: object) -> str:
+        out = tmp_path / "out"
+        result = moe_upcycle(*arguments, "--out", out)
+        assert result.code == code, result.err
+        assert not out.exists() and not (tmp_path / "out.partial").exists()
+        assert "Traceback" not in result.err
+        return result.err
+
+    return call
+
+
 @pytest.fixture(scope="session")
 def upcycle() -> Callable[..., Path]:
     """`upcycle(recipe, source, out, seed=…)`: the command, unverified unless told otherwise."""
@@ -66,7 +81,7 @@ def upcycle() -> Callable[..., Path]:
             "dry_run": False,
             "as_json": False,
         }
-        run(recipe, Request(source=source, out=out, **{**defaults, **options}))
+        run(recipe, Request(source=[source], out=out, **{**defaults, **options}))
         return out
 
     return call

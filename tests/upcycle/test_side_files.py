@@ -1,10 +1,11 @@
 """What comes along besides the weights, and where a result may lie."""
 
 import json
+import shutil
 
 from transformers import AutoTokenizer
 
-from moe.upcycle import command
+from moe.upcycle import run
 from moe.upcycle.receipt import Receipt
 from moe.upcycle.recipes import Copy, MoH
 
@@ -20,7 +21,7 @@ def test_the_receipt_spells_out_every_default(dense, upcycle, tmp_path):
 def test_an_output_that_would_touch_the_source_is_refused(source, moe_upcycle, tmp_path):
     before = sorted(source.iterdir())
     result = moe_upcycle("moh", "--source", source, "--out", source / "moh")
-    assert result.code == 2 and "in the source's folder" in result.err
+    assert result.code == 2 and "in a source's folder" in result.err
     assert sorted(source.iterdir()) == before
     (tmp_path / "out").symlink_to(tmp_path / "nowhere")
     result = moe_upcycle("moh", "--source", source, "--out", tmp_path / "out")
@@ -47,7 +48,25 @@ def test_the_result_splits_text_as_its_parent_does(dense, moe_upcycle, monkeypat
     assert type(own) is type(parent)
     assert parent(texts)["input_ids"] == own(texts)["input_ids"]
     # negative control: where nothing is done about it, verification notices
-    monkeypatch.setattr(command, "keep_class", lambda *_: None)
+    monkeypatch.setattr(run, "keep_class", lambda *_: None)
     result = moe_upcycle("moh", "--source", source, "--out", tmp_path / "other")
     assert result.code == 3 and "tokenizer" in result.err
     assert not list(tmp_path.glob("other*"))
+
+
+def test_a_source_without_side_files_is_enough(dense, moe_upcycle, tmp_path):
+    """config.json and weights alone; and with a tokenizer, no generation config."""
+    for family in ("qwen2", "qwen3"):
+        bare = tmp_path / f"bare-{family}"
+        bare.mkdir()
+        for name in ("config.json", "model.safetensors"):
+            shutil.copy(dense(family) / name, bare)
+        out = tmp_path / f"out-{family}"
+        result = moe_upcycle("moh", "--source", bare, "--out", out, "--no-verify")
+        assert result.code == 0, result.err
+        result = moe_upcycle("moh", "--source", bare, "--out", tmp_path / "not")
+        assert result.code == 2 and "has no tokenizer to verify with" in result.err
+        for file in dense(family).glob("tokenizer*"):
+            shutil.copy(file, bare)
+        result = moe_upcycle("moh", "--source", bare, "--out", tmp_path / f"verified-{family}")
+        assert result.code == 0, result.err

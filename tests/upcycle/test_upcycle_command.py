@@ -5,7 +5,6 @@ import os
 import shutil
 import subprocess
 import sys
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -16,28 +15,13 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, LlamaConfig
 
 from moe.errors import Corrupt, UserError
-from moe.upcycle import command
+from moe.upcycle import run
 from moe.upcycle.receipt import Receipt
 from moe.upcycle.recipes import Copy, MoH, convert
 from moe.upcycle.source import Source
 
 ROOT = Path(__file__).resolve().parents[2]
 COPY = ("--num-experts", "4", "--top-k", "2")
-
-
-@pytest.fixture
-def refused(moe_upcycle, tmp_path) -> Callable[..., str]:
-    """Call, demand the exit code and that nothing was left behind; returns the message."""
-
-    def call(code: int, *arguments: object) -> str:
-        out = tmp_path / "out"
-        result = moe_upcycle(*arguments, "--out", out)
-        assert result.code == code, result.err
-        assert not out.exists() and not (tmp_path / "out.partial").exists()
-        assert "Traceback" not in result.err
-        return result.err
-
-    return call
 
 
 @pytest.mark.parametrize("family", tiny.FAMILIES)
@@ -300,10 +284,11 @@ def test_a_folder_is_no_model_before_it_is_verified(source, moe_upcycle, tmp_pat
     seen = []
 
     def spy(parent, target, *args, **kwargs):
-        seen.append((target / "config.json").exists())
+        assert (target / "config.json").exists()
+        seen.append((tmp_path / "out.partial" / "config.json").exists())
         raise Corrupt("found wanting")
 
-    monkeypatch.setattr(command, "verify", spy)
+    monkeypatch.setattr(run, "verify", spy)
     result = moe_upcycle("moh", "--source", source, "--out", tmp_path / "out")
     assert result.code == 3 and seen == [False]
     assert not list(tmp_path.glob("out*"))
@@ -360,5 +345,5 @@ def test_the_installed_command_runs_in_a_process_of_its_own(dense, tmp_path):
 def test_problems_of_a_recipe_and_of_its_layers_come_as_one_list(dense):
     recipe = Copy(num_experts=2, top_k=3, diversify="noise:-1", router_init="normal:x")
     with pytest.raises(UserError) as caught:
-        convert(Source.open(dense("llama")), recipe, layers="7")
+        convert([Source.open(dense("llama"))], recipe, layers="7")
     assert len(str(caught.value).split("\n")) == 4

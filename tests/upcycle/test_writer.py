@@ -291,7 +291,7 @@ def test_planned_sizes_are_the_sizes_written(dense, upcycle, tmp_path):
     from moe.upcycle.recipes import convert
 
     source = Source.open(dense("llama"))
-    plan = convert(source, Copy(num_experts=4, top_k=2)).plan
+    plan = convert([source], Copy(num_experts=4, top_k=2)).plan
     planned = sum(s.size for s in writer.shards(plan, [source]))
     out = upcycle(Copy(num_experts=4, top_k=2), dense("llama"), tmp_path / "out")
     stored = sum(t.size for t in Source.open(out).tensors.values())

@@ -1,0 +1,73 @@
+"""What an export starts from: a model folder, or a training checkpoint of however many ranks.
+
+origin = Origin.open(Path("runs/a/checkpoints/step-500"))
+origin.config, origin.plan, origin.steps
+"""
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from transformers import PreTrainedConfig
+
+from moe.checkpoint import store
+from moe.checkpoint.manifest import NAME, Manifest, TensorRecord
+from moe.errors import Corrupt
+from moe.hf.inspect import checkpoint_steps
+from moe.upcycle.expression import Concat, Expression, Read
+from moe.upcycle.receipt import Receipt
+from moe.upcycle.source import Source, StoredTensor, hash_file, read_config, read_header
+
+Plan = dict[str, Expression]
+
+
+@dataclass(frozen=True, slots=True)
+class Origin:
+    """Config, tensors and history of what is exported; `files` are hashes of what was read."""
+
+    path: Path
+    config: PreTrainedConfig
+    plan: Plan
+    sources: list[Source]  # folders whose files may be linked
+    steps: list[dict[str, Any]]
+    files: dict[str, str]
+
+    @classmethod
+    def open(cls, path: Path) -> "Origin":
+        """Raises UserError where `path` is neither a checkpoint nor a model folder, Corrupt where a
+        file is damaged or missing.
+        """
+        if store.is_checkpoint(path):
+            return _checkpoint(path)
+        source = Source.open(path)
+        earlier = Receipt.read(path)
+        plan: Plan = {name: Read(tensor) for name, tensor in source.tensors.items()}
+        files = {name: hash_file(path / name) for name in source.files}
+        return cls(path, source.config, plan, [source], earlier.steps if earlier else [], files)
+
+
+def _checkpoint(path: Path) -> Origin:
+    if problems := store.check(path):
+        raise Corrupt("\n".join(problems))
+    manifest = Manifest.read(path)
+    pieces = {
+        (name, key): tensor
+        for name in manifest.files
+        if name.endswith(".safetensors")
+        for key, tensor in read_header(path / name).items()
+    }
+    plan = {
+        key.split("/", 1)[1]: _whole(record, pieces)
+        for key, record in manifest.tensors.items()
+        if record.kind in ("parameter", "buffer")
+    }
+    files = {NAME: hash_file(path / NAME)}
+    return Origin(path, read_config(path), plan, [], checkpoint_steps(manifest), files)
+
+
+def _whole(record: TensorRecord, pieces: dict[tuple[str, str], StoredTensor]) -> Expression:
+    """A tensor from the blocks that ranks stored: engines divide along the first dimension."""
+    parts = sorted(record.pieces, key=lambda piece: piece.offset)
+    assert all(p.shape[1:] == record.shape[1:] for p in parts), record
+    reads = tuple(Read(pieces[p.file, p.key]) for p in parts)
+    return reads[0] if len(reads) == 1 else Concat(reads)

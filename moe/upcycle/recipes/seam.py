@@ -1,0 +1,105 @@
+"""What a recipe works on, and what every recipe needs."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any, Literal
+
+from moe.errors import UserError
+from moe.model import RoutedLlamaConfig
+from moe.upcycle.expression import Draw, Expression
+from moe.upcycle.partition import Activations
+
+Purpose = Literal["train", "serve"]
+MAX_EXPERTS = 4096  # a slip of the keyboard is not worth a plan of a million tensors
+ROUTER_STD = 0.02  # small, so that tokens spread: loads within ±30 % of even at 4 to 8 experts
+
+Plan = dict[str, Expression]
+
+
+@dataclass(kw_only=True, slots=True)
+class Target:
+    """The model to be, changed in place by a recipe: its config and plan, of the first source at
+    the start; the plans of all sources; the layers to convert; the seed of what is drawn.
+    """
+
+    config: RoutedLlamaConfig
+    plan: Plan
+    sources: Sequence[Plan]
+    layers: Sequence[int]
+    seed: int
+    activations: Activations | None = None  # of the first source, on text to calibrate with
+
+    def set_parts(self, part: str, spec: dict[str, Any]) -> None:
+        """Give the layers a specification; one entry for all layers where all are equal."""
+        given = getattr(self.config, part)
+        count = self.config.num_hidden_layers
+        now = given if isinstance(given, list) else [given] * count
+        specs = [spec if i in set(self.layers) else now[i] for i in range(count)]
+        setattr(self.config, part, specs[0] if all(s == specs[0] for s in specs) else specs)
+        if problems := self.config.problems():
+            raise UserError("\n".join(problems))
+
+    def draw_router(self, name: str, rows: int, std: float) -> None:
+        """Put a router's weight [rows, H] of normal numbers into the plan."""
+        shape = (rows, self.config.hidden_size)
+        dtype = self.plan["model.norm.weight"].dtype
+        self.plan[name] = Draw(shape, dtype, std, f"{self.seed}/{name}")
+
+    def pop_mlp(self, layer: int) -> tuple[Expression, Expression, Expression]:
+        """Take a layer's gate, up and down matrices out of the plan."""
+        at = f"model.layers.{layer}.mlp"
+        gate, up, down = (self.plan.pop(f"{at}.{n}_proj.weight") for n in ("gate", "up", "down"))
+        return gate, up, down
+
+
+def balance(purpose: Purpose) -> float:
+    """Coefficient of a balance loss."""
+    return 0.01 if purpose == "train" else 0.0
+
+
+def router_std(text: str) -> float:
+    """Deviation that `normal:STD` or `zero` asks for. Raises UserError."""
+    if text == "zero":
+        return 0.0
+    return number(text, "--router-init", ("normal",), "normal:STD or zero")[1]
+
+
+def choice_problems(num_experts: int, top_k: int) -> list[str]:
+    """What is impossible about choosing `top_k` of `num_experts`."""
+    if not 1 <= num_experts <= MAX_EXPERTS:
+        return [f"--num-experts {num_experts} must be between 1 and {MAX_EXPERTS}."]
+    if not 1 <= top_k <= num_experts:
+        return [f"--top-k {top_k} must be between 1 and {num_experts}."]
+    return []
+
+
+def raise_all(problems: Sequence[str]) -> None:
+    """Raise UserError with every problem, if there is one."""
+    if problems:
+        raise UserError("\n".join(problems))
+
+
+def problem(check: Any, *arguments: Any) -> list[str]:
+    """What a check has to say, as a list."""
+    try:
+        check(*arguments)
+    except UserError as error:
+        return [str(error)]
+    return []
+
+
+def divisors(number: int) -> str:
+    """`1, 2, 4`: for messages that list what is legal."""
+    return ", ".join(str(i) for i in range(1, number + 1) if number % i == 0)
+
+
+def number(text: str, option: str, kinds: Sequence[str], forms: str) -> tuple[str, float]:
+    """Kind and amount of an option like `noise:0.1`, at least 0. Raises UserError."""
+    kind, _, amount = text.partition(":")
+    try:
+        value = float(amount)
+    except ValueError:
+        value = float("nan")
+    if kind not in kinds or not 0 <= value < float("inf"):
+        raise UserError(f"{option} {text!r} is not understood. Use {forms}.")
+    return kind, value

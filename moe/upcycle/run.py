@@ -1,0 +1,201 @@
+"""Carrying out a conversion: a recipe and a request to a folder, proof to a receipt."""
+
+import dataclasses
+import json
+import os
+import time
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+import typer
+
+from moe.errors import Corrupt, UserError
+from moe.hf.importing import write_both_ropes
+from moe.model.accounting import parameter_counts
+from moe.upcycle import writer
+from moe.upcycle.receipt import Receipt, seal, versions
+from moe.upcycle.recipes import Conversion, convert
+from moe.upcycle.source import Source, hash_file
+from moe.upcycle.tokenizer import keep_class
+from moe.upcycle.verify import assembled, summary, verify, windows
+
+Dtype = Literal["float32", "bfloat16"]
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
+class Request:
+    """What every recipe is asked for besides its own options."""
+
+    source: list[Path]
+    out: Path
+    seed: int = 0
+    layers: str | None = None
+    dtype: Dtype | None = None
+    calibrate: Path | None = None
+    text: Path | None = None
+    verify: bool = True
+    dry_run: bool = False
+    as_json: bool = False
+
+
+def run(recipe: Any, request: Request) -> None:
+    """Carry out a request and print what came of it."""
+    if request.calibrate and request.text and request.calibrate.samefile(request.text):
+        raise UserError(
+            f"--calibrate and --text are both {request.text}: what was fitted on a text cannot be "
+            "verified on it."
+        )
+    sources = [Source.open(folder) for folder in request.source]
+    source = sources[0]
+    dtype = getattr(torch, request.dtype) if request.dtype else None
+    conversion = convert(sources, recipe, request.seed, request.layers, dtype, request.calibrate)
+    plan = writer.cast(conversion.plan, dtype)
+    if os.path.lexists(request.out):
+        raise UserError(f"{request.out} exists. Choose another --out, or remove it.")
+    if any(request.out.resolve().is_relative_to(f.resolve()) for f in request.source):
+        raise UserError(f"--out {request.out} lies in a source's folder. Choose another.")
+    for warning in conversion.warnings:
+        typer.echo(f"warning: {warning}", err=True)
+    if request.dry_run:
+        described = describe_plan(conversion, plan, sources)
+        typer.echo(json.dumps(described) if request.as_json else describe_lines(described))
+        return
+    if request.verify:  # what would make it fail is said now, not after an hour of writing
+        windows(source.folder, request.text, source.config.vocab_size)
+    receipt = execute(request, sources, conversion, plan)
+    if request.as_json:
+        typer.echo(json.dumps({"out": str(request.out), **dataclasses.asdict(receipt)}))
+        return
+    total, active = parameter_counts(conversion.config)
+    typer.echo(f"{request.out}: {total / 1e6:.1f} M parameters, {active / 1e6:.1f} M active")
+    exactness = "preserves the function" if conversion.exact else "does not preserve the function"
+    typer.echo(f"{conversion.recipe.name} {exactness}: {conversion.statement}")
+    typer.echo(summary(receipt.verification) if receipt.verification else "not verified")
+
+
+def execute(
+    request: Request, sources: list[Source], conversion: Conversion, plan: writer.Plan
+) -> Receipt:
+    """Write, verify, seal and publish. Raises Corrupt where a claim of exactness does not hold."""
+    source = sources[0]
+    step = describe_step(request, sources, conversion)
+    identity = {k: v for k, v in step.items() if k != "created"}
+    staging = writer.Staging(request.out, writer.fingerprint(identity))
+    if staging.open():
+        typer.echo(f"continuing in {staging.folder}", err=True)
+    earlier = Receipt.read(source.folder)
+    receipt = Receipt(steps=[*(earlier.steps if earlier else []), step])
+    written = writer.write_weights(plan, sources, staging, quiet=request.as_json)
+    with writer.building(staging):
+        writer.copy_side_files(source.folder, staging.folder)
+        # beside its place until it is verified: a folder without a config loads nowhere
+        config = staging.folder / "unverified"
+        conversion.config.save_pretrained(config)
+        write_both_ropes(config / "config.json")
+        with assembled(staging.folder, config) as whole:
+            keep_class(source.folder, whole, staging.folder)
+        if request.verify:
+            with assembled(staging.folder, config) as whole:
+                receipt.verification = verify(
+                    source.folder,
+                    whole,
+                    request.text,
+                    conversion.exact,
+                    quiet=request.as_json,
+                    others=request.source[1:],
+                )
+            if receipt.verification["status"] == "fail":
+                raise Corrupt(
+                    f"{request.out} should compute what {source.folder} computes and does not: "
+                    f"relative difference {receipt.verification['relative_difference']:.1e}, bound "
+                    f"{receipt.verification['bound']:g}. Not published."
+                )
+        for path in config.iterdir():
+            path.rename(staging.folder / path.name)
+        config.rmdir()
+        receipt.files, receipt.tensors = written.files, written.tensors
+        seal(staging.folder, receipt)
+        staging.publish()
+    return receipt
+
+
+def describe_step(
+    request: Request, sources: list[Source], conversion: Conversion
+) -> dict[str, Any]:
+    """The receipt's entry for this conversion."""
+    recipe = conversion.recipe
+    return {
+        "recipe": recipe.name,
+        "options": {**dataclasses.asdict(recipe), "layers": request.layers, "dtype": request.dtype},  # type: ignore[call-overload]
+        "seed": request.seed,
+        "versions": versions(),
+        "sources": [
+            {
+                "path": str(source.folder),
+                "config": hash_file(source.folder / "config.json"),
+                "files": {
+                    name: {"xxh3": hash_file(source.folder / name), "bytes": size}
+                    for name in source.files
+                    for size in [(source.folder / name).stat().st_size]
+                },
+            }
+            for source in sources
+        ],
+        "calibration": request.calibrate
+        and {"path": str(request.calibrate), "xxh3": hash_file(request.calibrate)},
+        "exact": conversion.exact,
+        "statement": conversion.statement,
+        "created": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
+    }
+
+
+def describe_plan(
+    conversion: Conversion, plan: writer.Plan, sources: list[Source]
+) -> dict[str, Any]:
+    """The plan by groups of tensors that differ only in their layer, and its sizes."""
+    linked = written = 0
+    for shard in writer.shards(plan, sources):
+        if shard.linked:
+            linked += shard.size
+        else:
+            written += shard.size
+    groups: dict[tuple[str, str], dict[str, Any]] = {}
+    for name, expression in plan.items():
+        layer = name.split(".")[2] if name.startswith("model.layers.") else ""
+        key = _without(name, layer), _without(str(expression), layer)
+        group = groups.setdefault(
+            key, {"tensor": key[0], "from": key[1], "shape": list(expression.shape), "count": 0}
+        )
+        group["count"] += 1
+    total, active = parameter_counts(conversion.config)
+    return {
+        "groups": list(groups.values()),
+        "linked_bytes": linked,
+        "written_bytes": written,
+        "total_parameters": total,
+        "active_parameters": active,
+        "exact": conversion.exact,
+        "statement": conversion.statement,
+    }
+
+
+def _without(text: str, layer: str) -> str:
+    return text.replace(f".layers.{layer}.", ".layers.*.") if layer else text
+
+
+def describe_lines(described: dict[str, Any]) -> str:
+    """A described plan for people."""
+    lines = [
+        f"{g['count']:>4} × {g['tensor']} {tuple(g['shape'])}"
+        + ("" if g["from"] == g["tensor"] else f" = {g['from']}")
+        for g in described["groups"]
+    ]
+    lines.append(
+        f"{described['linked_bytes'] / 1e9:.2f} GB linked where the file system allows, "
+        f"{described['written_bytes'] / 1e9:.2f} GB written; "
+        f"{described['total_parameters'] / 1e6:.1f} M parameters, "
+        f"{described['active_parameters'] / 1e6:.1f} M active"
+    )
+    verdict = "preserves the function" if described["exact"] else "does not preserve the function"
+    return "\n".join([*lines, f"{verdict}: {described['statement']}"])
