@@ -3,10 +3,12 @@
 report = evaluate([model, parent], ["local_piqa"], data=Path("data"), limit=100)
 """
 
+import contextlib
 import difflib
 import math
 import platform
-from collections.abc import Callable, Sequence
+import tempfile
+from collections.abc import Callable, Iterator, Sequence
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -22,6 +24,7 @@ from moe.upcycle import receipt
 from moe.upcycle.source import hash_file
 
 ROOT = Path(__file__).parent
+DOMAIN_TASK = "local_perplexity"
 # the harness asks git for the revision of the folder we stand in, which says "fatal" in any other
 evaluator.get_git_commit_hash = lambda: None
 
@@ -35,12 +38,14 @@ def suite(name: str) -> dict[str, Any]:
     return yaml.safe_load(path.read_text())
 
 
-def find_tasks(names: Sequence[str], include: Path | None, data: Path | None) -> TaskManager:
+def find_tasks(
+    names: Sequence[str], include: Path | None, data: Path | None, folders: Sequence[Path] = ()
+) -> TaskManager:
     """The harness's tasks, ours and the user's; our own alone are found in a moment.
 
     Raises UserError for names that do not exist, with the closest that do.
     """
-    paths: list[str | Path] = [ROOT / "tasks", *([include] if include else [])]
+    paths: list[str | Path] = [ROOT / "tasks", *folders, *([include] if include else [])]
     metadata: dict[str, Any] = {"data": str(data) if data else None}
     manager = TaskManager(include_path=paths, include_defaults=False, metadata=metadata)
     if all(name in manager.all_tasks for name in names):
@@ -70,7 +75,57 @@ def evaluate(
 
     Returns {"models": [identity …], "rows": [comparison …], "results": [the harness's own …]}.
     """
-    manager = find_tasks(tasks, include, data)
+    with domain_tasks(tasks, data) as (tasks, folders):
+        manager = find_tasks(tasks, include, data, folders)
+        results = _results(models, tasks, manager, limit, batch_size, say)
+    return {
+        "models": [identify(model) for model in models],
+        "versions": {p: version(p) for p in ("lm_eval", "torch", "transformers")}
+        | {"python": platform.python_version()},
+        "rows": compare(results),
+        "results": [
+            {key: r[key] for key in ("results", "groups", "n-samples", "n-shot") if key in r}
+            for r in results
+        ],
+    }
+
+
+@contextlib.contextmanager
+def domain_tasks(tasks: Sequence[str], data: Path | None) -> Iterator[tuple[list[str], list[Path]]]:
+    """The tasks, and folders to find them in too.
+
+    `local_perplexity` becomes a task per subfolder of `text/` in the data, where it has any: rows
+    per domain instead of one number for all.
+    """
+    text = data / "text" if data else None
+    inside = sorted(text.iterdir()) if text is not None and text.is_dir() else []
+    domains = [p.name for p in inside if p.is_dir()]
+    if DOMAIN_TASK not in tasks or not domains:
+        yield list(tasks), []
+        return
+    with tempfile.TemporaryDirectory() as temporary:
+        names = []
+        for domain in domains:
+            names.append(f"{DOMAIN_TASK}_{domain}")
+            fields = {
+                "include": str(ROOT / "tasks" / "perplexity.yaml"),
+                "task": names[-1],
+                "dataset_kwargs": {"domain": domain},
+            }
+            (Path(temporary) / f"{names[-1]}.yaml").write_text(yaml.safe_dump(fields))
+        place = list(tasks).index(DOMAIN_TASK)
+        yield [*tasks[:place], *names, *tasks[place + 1 :]], [Path(temporary)]
+
+
+def _results(
+    models: Sequence[Path],
+    tasks: Sequence[str],
+    manager: TaskManager,
+    limit: int | None,
+    batch_size: int,
+    say: Callable[[str], None],
+) -> list[Any]:
+    """The harness's own result for each model."""
     results = []
     for model in models:
         say(f"evaluating {model}")
@@ -86,16 +141,7 @@ def evaluate(
             raise UserError(_offline(error, tasks)) from error
         assert result is not None
         results.append(result)
-    return {
-        "models": [identify(model) for model in models],
-        "versions": {p: version(p) for p in ("lm_eval", "torch", "transformers")}
-        | {"python": platform.python_version()},
-        "rows": compare(results),
-        "results": [
-            {key: r[key] for key in ("results", "groups", "n-samples", "n-shot") if key in r}
-            for r in results
-        ],
-    }
+    return results
 
 
 def _offline(error: Exception, tasks: Sequence[str]) -> str:

@@ -52,12 +52,15 @@ def wikitext(data: str | None = None, **_: Any) -> DatasetDict:
     return DatasetDict({"test": Dataset.from_list([{"page": t} for t in texts if t.strip()])})
 
 
-def text(data: str | None = None, **_: Any) -> DatasetDict:
-    """Every .txt and .py file under `text/`, cut at line ends into pages of PAGE characters."""
-    folder = Path(data or ".") / "text"
+def text(data: str | None = None, domain: str = "", **_: Any) -> DatasetDict:
+    """Every .txt and .py file under `text/`, or one domain's folder there, cut at line ends into
+    pages of PAGE characters.
+    """
+    folder = Path(data or ".") / "text" / domain
     files = sorted(p for p in folder.rglob("*") if p.suffix in (".txt", ".py"))
     if data is None or not files:
-        raise UserError("this task reads text/*.txt and text/*.py from the folder of --data.")
+        where = f"text/{domain}".rstrip("/")
+        raise UserError(f"this task reads {where}/*.txt and *.py from the folder of --data.")
     pages = []
     for path in files:
         page = ""

@@ -8,10 +8,12 @@ from moe.checkpoint.manifest import Manifest, is_complete
 from moe.hf.families import routed_config
 from moe.hf.native import HOMES, from_native
 from moe.model import AttentionSpec, RoutedLlamaConfig
-from moe.model.accounting import parameter_counts
+from moe.model.accounting import flops_per_token, parameter_counts
 from moe.model.spec import BAMAttention, DenseMLP, MoHAttention, UoEAttention
 from moe.upcycle.receipt import Receipt
 from moe.upcycle.source import read_config
+
+CONTEXT = 1024  # tokens of a sequence, for the FLOPs of its attention
 
 
 def inspect(folder: Path) -> dict[str, Any]:
@@ -27,6 +29,7 @@ def inspect(folder: Path) -> dict[str, Any]:
         "model_type": source.model_type,
         "total_parameters": total,
         "active_parameters": active,
+        "flops_per_token": flops_per_token(config, CONTEXT),
         "layers": [_layer(config, i) for i in range(config.num_hidden_layers)],
         "receipt": asdict(receipt) if receipt else None,
     }
@@ -74,7 +77,8 @@ def describe(folder: Path, found: dict[str, Any]) -> str:
     total, active = found["total_parameters"], found["active_parameters"]
     lines = [
         f"{folder}: {found['model_type']}, {total / 1e6:.1f} M parameters, "
-        f"{active / 1e6:.1f} M active per token ({active / total:.0%})"
+        f"{active / 1e6:.1f} M active per token ({active / total:.0%}), "
+        f"{found['flops_per_token'] / 1e6:.0f} MFLOPs to train on a token of {CONTEXT}"
     ]
     start = 0
     layers = found["layers"]

@@ -119,6 +119,19 @@ def test_the_adapters_likelihoods_are_those_of_the_logits(name, toys):
     assert math.isclose(value, likelihood(toys(name), "", TEXT)[0], rel_tol=1e-4)
 
 
+def test_folders_of_text_are_domains(toys, evaluate, tmp_path):
+    for name, text in (("code", TEXT), ("prose", "A car stopped.\nTara burnt every cup.\n")):
+        (tmp_path / "data" / "text" / name).mkdir(parents=True)
+        (tmp_path / "data" / "text" / name / "a.txt").write_text(text)
+    options = ("--tasks", "local_perplexity", "--baseline", toys("other"))
+    report = evaluate(toys("dense"), *options, data=tmp_path / "data")
+    found = values(report)
+    assert {task for task, _ in found} == {"local_perplexity_code", "local_perplexity_prose"}
+    total, _ = likelihood(toys("dense"), "", TEXT)
+    bits, _ = found["local_perplexity_code", "bits_per_byte"]
+    assert math.isclose(bits, -total / len(TEXT.encode()) / math.log(2), rel_tol=1e-4)
+
+
 def test_what_looks_ahead_is_not_scored(toys, tmp_path):
     options = ("--mlp-experts", 4, "--mode", "expert_choice", "--no-verify")
     assert (

@@ -99,7 +99,10 @@ def test_layers_and_counts_are_the_models(name, layers, counted, folders):
     folder = folders(name)
     found = inspect(folder)
     keys = {"model_type", "total_parameters", "active_parameters", "layers", "receipt"}
-    assert found.keys() == keys
+    assert found.keys() == keys | {"flops_per_token"}
+    if name == "dense":  # 6 a weight, embeddings tied; 12 a head element and position
+        cores = 12 * 3 * 9 * 8 * 1024
+        assert found["flops_per_token"] == 6 * found["active_parameters"] + cores
     assert found["model_type"] == ("llama" if name == "dense" else "routed_llama")
     assert found["layers"] == layers
     assert found["total_parameters"] == parameters(folder)
