@@ -4,25 +4,28 @@
     export(Path("tuned"), Path("mixtral"), to="mixtral", text=Path("held-out.txt"))
 
 `hf` keeps everything as it is. The other forms must compute the same: what they have no room for is
-refused, and what was written is loaded and compared before it appears under its name.
+refused, and what was written is loaded and compared before it appears under its name. Only gates
+that a text to calibrate on freezes change the function; how far is measured and said.
 """
 
 import json
 import time
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
+from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any, Literal
 
 import torch
 from torch import Tensor
-from transformers import PreTrainedConfig
+from transformers import PreTrainedConfig, PreTrainedModel
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
 from moe.checkpoint.manifest import NAME
 from moe.errors import Corrupt, UserError
 from moe.hf import proof, remote_code
 from moe.hf.dense import dense_model
+from moe.hf.gates import Gates, calibration_tokens, mean_gates, require_other_text
 from moe.hf.importing import write_both_ropes
 from moe.hf.layouts import native_plan
 from moe.hf.native import native_config
@@ -30,6 +33,7 @@ from moe.hf.origin import Origin, Plan
 from moe.model import RoutedLlamaConfig
 from moe.upcycle import writer
 from moe.upcycle.receipt import Receipt, seal, versions
+from moe.upcycle.source import hash_file
 from moe.upcycle.tokenizer import keep_class
 from moe.upcycle.verify import assembled, load
 
@@ -47,6 +51,8 @@ class Target:
     config: PreTrainedConfig
     plan: Plan
     notes: list[str]
+    gates: Gates = field(default_factory=dict)  # frozen to these: not the same function any more
+    calibration: Path | None = None  # the text that they are the mean over
 
 
 def export(
@@ -57,13 +63,18 @@ def export(
     text: Path | None = None,
     verify: bool = True,
     quiet: bool = False,
+    calibrate: Path | None = None,
 ) -> Receipt:
     """Write `path` to `out` as `to`, in its own dtype unless told otherwise.
 
+    `calibrate` is a text over which `dense` freezes gates that depend on the token to their mean.
     Raises UserError where `path` is neither a checkpoint nor a model folder, `out` exists or the
     model does not fit; Corrupt where a file is damaged or missing, or the result computes something
     else.
     """
+    if calibrate is not None and to != "dense":
+        raise UserError(f"--calibrate: --to {to} freezes no gates, --to dense does. Leave it out.")
+    require_other_text(calibrate, text)
     origin = Origin.open(path)
     # before anything else is done to them: a factor of a weight is not to be rounded twice
     origin = replace(origin, plan=writer.cast(origin.plan, dtype))
@@ -73,12 +84,15 @@ def export(
                 "--text: --to hf keeps every tensor as it is, so nothing is compared. Leave it out."
             )
         return _write(origin, Target(origin.config, origin.plan, []), out, to, dtype, None, quiet)
-    target = prepare(origin, to)
+    # what would make it fail at the end is said now, not after a pass of the model over a text
     sample = proof.choose(path, text, origin.config) if verify else None
+    target = prepare(origin, to, calibrate, quiet)
     return _write(origin, target, out, to, dtype, sample, quiet)
 
 
-def prepare(origin: Origin, to: Form) -> Target:
+def prepare(
+    origin: Origin, to: Form, calibrate: Path | None = None, quiet: bool = False
+) -> Target:  # fmt: skip
     """What is to be written. Raises UserError with all that the form has no room for."""
     config = origin.config
     if not isinstance(config, RoutedLlamaConfig):
@@ -90,12 +104,21 @@ def prepare(origin: Origin, to: Form) -> Target:
         return Target(config, origin.plan, ["the model's own code beside its weights"])
     try:
         if to == "dense":
-            return Target(*dense_model(config, origin.plan))
+            measure = None if calibrate is None else partial(_measure, origin, calibrate, quiet)
+            dense = dense_model(config, origin.plan, measure)
+            return Target(dense.config, dense.plan, dense.notes, dense.gates, calibrate)
         stored = next(e.dtype for n, e in origin.plan.items() if n.endswith(".weight"))
         native, notes = native_config(config, to, stored)
     except UserError as error:
         raise UserError(f"{origin.path}: {error}") from None
     return Target(native, native_plan(origin.plan, config, to), notes)
+
+
+def _measure(origin: Origin, calibrate: Path, quiet: bool) -> Gates:
+    """The model's mean gates, in float32 over a text."""
+    assert isinstance(origin.config, RoutedLlamaConfig)
+    ids = calibration_tokens(origin.path, calibrate, origin.config.vocab_size)
+    return mean_gates(proof.reference(origin.config, origin.plan), ids, quiet)
 
 
 def _write(
@@ -120,7 +143,7 @@ def _write(
         with assembled(staging.folder, aside) as whole:
             keep_class(origin.path, whole, staging.folder)
         if sample is not None:
-            receipt.verification = _verify(origin, to, sample, staging.folder, quiet)
+            receipt.verification = _verify(origin, target, to, sample, staging.folder, quiet)
         for file in aside.iterdir():
             file.rename(staging.folder / file.name)
         aside.rmdir()
@@ -141,8 +164,20 @@ def _step(
         ],
     }
     if to != "hf":
-        notes = ["the same function in another form", *target.notes]
-        step |= {"exact": True, "statement": "; ".join(notes)}
+        what = "the same function in another form"
+        if target.calibration is not None:
+            what = f"not the same function: gates frozen to their mean on {target.calibration.name}"
+            step |= {
+                "calibration": {
+                    "path": str(target.calibration),
+                    "xxh3": hash_file(target.calibration),
+                },
+                "gates": [
+                    {"layer": layer, "part": part, "mean": list(mean)}
+                    for (layer, part), mean in target.gates.items()
+                ],
+            }
+        step |= {"exact": not target.gates, "statement": "; ".join([what, *target.notes])}
     return step | {"created": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime())}
 
 
@@ -165,8 +200,8 @@ def _write_config(target: Target, to: Form, folder: Path, aside: Path) -> None:
 
 
 def _verify(
-    origin: Origin, to: Form, sample: proof.Sample, folder: Path, quiet: bool
-) -> dict[str, Any]:  # fmt: skip
+    origin: Origin, target: Target, to: Form, sample: proof.Sample, folder: Path, quiet: bool
+) -> dict[str, Any]:
     """Compare what was written with the model; Corrupt where it is not the same."""
     assert isinstance(origin.config, RoutedLlamaConfig)
     original = proof.reference(origin.config, origin.plan)
@@ -182,11 +217,22 @@ def _verify(
                 written = load(whole)
             except UserError as error:  # keys differ: ours to answer for, not the user's
                 raise Corrupt(f"{error}. Not published.") from error
-    record = proof.prove(original, written, sample, quiet)
-    if record["status"] == "fail":
+    if not target.gates:
+        record = proof.prove(original, written, sample, quiet)
         found = {f"on {record['text']}": record, "over the whole context": record["long"]}
+        what = "computes"
+    else:
+        assert isinstance(written, PreTrainedModel)
+        rounded = any(e.dtype in (torch.bfloat16, torch.float16) for e in target.plan.values())
+        record = proof.measure(original, written, sample, target.gates, rounded, quiet)
+        found = {
+            f"on {record['text']}": record["frozen"],
+            "over the whole context": record["long"],
+        }
+        what = "computes with its gates frozen"
+    if record["status"] == "fail":
         raise Corrupt(
-            f"what was written should compute what {origin.path} computes and does not: "
+            f"what was written should compute what {origin.path} {what} and does not: "
             + ", ".join(
                 f"relative difference {r['relative_difference']:.1e} {where} (bound {r['bound']:g})"
                 for where, r in found.items()

@@ -23,7 +23,8 @@ def run(
         typer.Option(
             help="hf: what transformers reads after import moe.model. mixtral, granitemoe, "
             "granitemoeshared, qwen2_moe: a class that transformers has, where it fits exactly. "
-            "dense: the plain source family, where every head is on and MLPs are dense. "
+            "dense: the plain source family, where every head and expert is on; with --calibrate "
+            "attention experts (BAM) and FFN experts too, side by side. "
             "remote-code: with the model's code, for trust_remote_code=True where moe is not."
         ),
     ] = "hf",
@@ -34,6 +35,13 @@ def run(
     text: Annotated[
         Path | None,
         typer.Option(help="Text to verify on; not with --to hf, which changes nothing."),
+    ] = None,
+    calibrate: Annotated[
+        Path | None,
+        typer.Option(
+            help="Text over which --to dense freezes gates that depend on the token to their mean: "
+            "not the same function, its perplexity is measured on --text."
+        ),
     ] = None,
     verify: Annotated[
         bool,
@@ -46,7 +54,7 @@ def run(
     Exit 2 with all that stands in the way where a form has no room for the model.
     """
     kind = getattr(torch, dtype) if dtype else None
-    receipt = export(path, out, kind, to, text, verify, quiet=as_json)
+    receipt = export(path, out, kind, to, text, verify, quiet=as_json, calibrate=calibrate)
     if as_json:
         typer.echo(json.dumps({"out": str(out), **dataclasses.asdict(receipt)}))
         return

@@ -4,9 +4,11 @@
     with assembled(written, unverified) as whole:
         record = prove(reference(config, plan), load(whole), sample)
 
-In float32 on the same tokens; what is exact stays under a relative logit difference of 1e-5.
+In float32 on the same tokens; what is exact stays under a relative logit difference of 1e-5. What
+is not is measured, and proved against the model with its gates frozen as they were.
 """
 
+import math
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol, cast
@@ -16,6 +18,7 @@ from torch import Tensor
 from transformers import PreTrainedConfig, PreTrainedModel
 
 from moe.errors import Corrupt
+from moe.hf.gates import Gates, freeze
 from moe.model import RoutedLlamaConfig, RoutedLlamaForCausalLM
 from moe.progress import Progress, quiet_libraries
 from moe.upcycle.expression import Expression, num_rows
@@ -114,6 +117,38 @@ def prove(
         record["long"] = _spread(original, written, ids)
         passes = passes and record["long"]["relative_difference"] <= SPREAD
     return record | {"gradients": [], "status": "pass" if passes else "fail", "bound": EXACT}
+
+
+def measure(
+    original: PreTrainedModel,
+    written: PreTrainedModel,
+    sample: Sample,
+    gates: Gates,
+    rounded: bool,
+    quiet: bool,
+) -> dict[str, Any]:
+    """What freezing a model's gates did, as a JSON-ready record of `status` measured, or fail.
+
+    It fails where `written` is not the model with these gates. `rounded`: a gate times a weight was
+    rounded to less than float32, so there is no bound. `original` has frozen gates afterwards.
+    Raises Corrupt where logits are not finite.
+    """
+    ids = sample.ids
+    record: dict[str, Any] = {"text": sample.name, "windows": list(ids.shape), "dtype": "float32"}
+    with Progress("verify", ids.numel(), "tokens", quiet) as progress:
+        record |= compare(original, written, ids, progress)
+    if not math.isfinite(record["relative_difference"]):
+        raise Corrupt("logits of the model or of what was made of it are not finite.")
+    freeze(original, gates)
+    with Progress("verify", ids[:1].numel(), "tokens", True) as progress:
+        same = compare(original, written, ids[:1], progress)["relative_difference"]
+    record["long"] = _spread(original, written, ids)
+    passes = same <= EXACT and record["long"]["relative_difference"] <= SPREAD
+    record["frozen"] = {"relative_difference": same, "bound": None if rounded else EXACT}
+    if rounded:
+        record["long"]["bound"] = None
+    status = "measured" if passes or rounded else "fail"
+    return record | {"gradients": [], "status": status}
 
 
 @torch.no_grad()

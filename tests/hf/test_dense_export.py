@@ -64,8 +64,8 @@ def test_a_model_of_no_family_takes_the_first_that_can_hold_it(tmp_path):
         (MOH, None, {}, ["top_k=3 leaves out 3 of 9"]),
         ({**EVERY, "routed_scale": 2.0}, None, {}, ["routed_scale=2"]),
         ({**TWO_STAGE, "top_k": 6}, None, {}, ["router=two_stage"]),
-        (EVERY, MOE, {}, ["MLPs of kind moe have no dense form"]),
-        (MOH, MOE, {}, ["leaves out", "kind moe"]),
+        (EVERY, MOE, {}, ["FFN experts (moe)", "--calibrate FILE"]),
+        (MOH, MOE, {}, ["leaves out", "--calibrate FILE"]),
         (None, None, {"qk_norm": True}, ["qk_norm=True has no place in a llama model"]),
         (None, None, {"block": "parallel"}, ["block='parallel' has no place"]),
     ],
@@ -78,6 +78,6 @@ def test_what_is_not_dense_is_named(attention, mlp, routed, said, tmp_path):
 
 def test_heads_left_out_would_be_noticed(tmp_path, monkeypatch):
     """Negative control: were the rule forgotten, the comparison would still refuse."""
-    monkeypatch.setattr(dense, "dissolve_attention", lambda config, layer, plan: ("", ""))
+    monkeypatch.setattr(dense, "look_at_attention", lambda config, layer: ([], ""))
     write(tmp_path / "routed", "llama", MOH, None)
     assert "Not published" in refused(3, tmp_path / "routed", "dense")

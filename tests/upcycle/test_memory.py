@@ -11,8 +11,10 @@ from pathlib import Path
 
 import pytest
 import tiny
+import torch
 from invoke import moe
-from transformers import LlamaConfig
+from safetensors.torch import save_file
+from transformers import LlamaConfig, LlamaForCausalLM
 
 from moe.upcycle.source import hash_file
 
@@ -108,6 +110,33 @@ def test_a_tensor_of_more_than_a_gigabyte_needs_less(large, tmp_path):
     written = sum(p.stat().st_size for p in out.glob("*.safetensors"))
     shutil.rmtree(out)  # pytest would keep it for three runs
     assert written > 1.2 * GB
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("kv", ["expert", "shared"])
+def test_four_models_of_smollm2s_size_are_mixed_in_bounds(kv, tmp_path):
+    """Four folders of 0.27 GB with weights of their own; the result would be twice the bound."""
+    config = LlamaConfig(
+        hidden_size=576, intermediate_size=1536, num_hidden_layers=30, num_attention_heads=9,
+        num_key_value_heads=3, vocab_size=49152, tie_word_embeddings=True, dtype="bfloat16",
+    )  # fmt: skip
+    with torch.device("meta"):
+        names = {n: list(t.shape) for n, t in LlamaForCausalLM(config).state_dict().items()}
+    names.pop("lm_head.weight")
+    sources = []
+    for number in range(4):
+        folder = tmp_path / f"source-{number}"
+        config.save_pretrained(folder)
+        tensors = {n: torch.full(s, 0.01 * number, dtype=torch.bfloat16) for n, s in names.items()}
+        save_file(tensors, folder / "model.safetensors", {"format": "pt"})
+        del tensors
+        sources += ["--source", str(folder)]
+    out = tmp_path / "out"
+    arguments = ("upcycle", "bam", *sources, "--kv", kv, "--out", str(out), "--no-verify")
+    used = peak(f"assert moe(*{arguments!r}).code == 0")
+    written = sum(p.stat().st_size for p in out.glob("*.safetensors"))
+    shutil.rmtree(out)
+    assert written > 0.8 * GB and used < 0.6 * GB, f"{used / GB:.2f} GB"
 
 
 @pytest.mark.parametrize(
