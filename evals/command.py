@@ -8,7 +8,7 @@ from typing import Annotated
 
 import typer
 
-from moe.errors import UserError
+from moe.errors import UserError, problem, raise_all
 from moe.progress import quiet_libraries
 
 app = typer.Typer(add_completion=False)
@@ -30,21 +30,18 @@ def run(
     as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object.")] = False,
 ) -> None:
     """Evaluate with lm-evaluation-harness, beside baselines if any are given."""
-    if out.exists():
-        raise UserError(f"{out} exists. Choose another --out, or remove it.")
-    parent = next(p for p in out.absolute().parents if p.exists())
-    if not (parent.is_dir() and os.access(parent, os.W_OK)):  # said now, not after the evaluation
-        raise UserError(f"--out {out}: {parent} is not a folder that can be written to.")
-    if include_path is not None and not include_path.is_dir():
-        raise UserError(f"--include-path {include_path} is not a folder.")
     names = [name.strip() for name in (tasks or "").split(",") if name.strip()]
-    if bool(names) == bool(suite):
-        raise UserError("give either --tasks or --suite.")
-    from moe.upcycle.source import read_config
-
     models = [model, *(baseline or [])]
-    for folder in models:  # a baseline that is not there must not cost the first evaluation
-        read_config(folder)
+    # said now, all of it, not after the first of several evaluations
+    problems = problem(_check_out, out)
+    for option, folder in (("--include-path", include_path), ("--data", data)):
+        if folder is not None and not folder.is_dir():
+            problems.append(f"{option} {folder} is not a folder.")
+    if bool(names) == bool(suite):
+        problems.append("give either --tasks or --suite.")
+    for folder in models:
+        problems += problem(_check_model, folder)
+    raise_all(problems)
     quiet_libraries()
     logging.getLogger("lm_eval").setLevel(logging.ERROR)
     from moe.evals import run as runner
@@ -63,6 +60,23 @@ def run(
     limited = f", {limit} items per task" if limit else ""
     (out / "results.md").write_text(f"# {labels[0]}{limited}\n\n{table}\n")
     typer.echo(json.dumps(report["rows"]) if as_json else f"{table}\n{out}/results.md")
+
+
+def _check_out(out: Path) -> None:
+    if out.exists():
+        raise UserError(f"{out} exists. Choose another --out, or remove it.")
+    parent = next(p for p in out.absolute().parents if p.exists())
+    if not (parent.is_dir() and os.access(parent, os.W_OK)):
+        raise UserError(f"--out {out}: {parent} is not a folder that can be written to.")
+
+
+def _check_model(folder: Path) -> None:
+    from moe.checkpoint import store
+    from moe.upcycle.source import read_config, weight_files
+
+    read_config(folder)
+    if not store.is_checkpoint(folder):
+        weight_files(folder)
 
 
 def short_names(models: list[Path]) -> list[str]:

@@ -11,7 +11,7 @@ from typing import Annotated, Any, Literal
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
-from moe.errors import UserError
+from moe.errors import UserError, problem, raise_all
 
 
 class Section(BaseModel):
@@ -184,8 +184,9 @@ def load(path: Path, overrides: Sequence[str] = ()) -> RunConfig:
         raise UserError(f"{path} is not YAML: {' '.join(str(error).split())}") from error
     if not isinstance(values, dict):
         raise UserError(f"{path} holds {type(values).__name__}, not keys with values.")
-    for override in overrides:
-        _override(values, override)
+    mistaken = [line for o in overrides for line in problem(_override, values, o)]
+    mistaken += problem(parse, values, str(path)) if mistaken else []
+    raise_all(mistaken)
     return parse(values, str(path))
 
 
@@ -194,15 +195,26 @@ def _override(values: dict[str, Any], text: str) -> None:
     if not equals or not key:
         raise UserError(f"{text!r} is not an override. Write key.path=value.")
     *parents, last = key.split(".")
-    place = values
+    place: Any = values
     for parent in parents:
-        place = place.setdefault(parent, {})
-        if not isinstance(place, dict):
+        if isinstance(place, dict):
+            place.setdefault(parent, {})
+        place = place[_index(text, place, parent)]
+        if not isinstance(place, dict | list):
             raise UserError(f"{text!r}: {parent} holds a value, not keys.")
     try:
-        place[last] = _number(yaml.safe_load(value))
+        place[_index(text, place, last)] = _number(yaml.safe_load(value))
     except yaml.YAMLError as error:
         raise UserError(f"{text!r}: the value is not YAML.") from error
+
+
+def _index(text: str, place: dict | list, key: str) -> Any:
+    """A key of a dict, or the number of an item that a list has."""
+    if isinstance(place, dict):
+        return key
+    if not key.isdigit() or int(key) >= len(place):
+        raise UserError(f"{text!r}: {key} is no item of a list of {len(place)}.")
+    return int(key)
 
 
 def _number(value: Any) -> Any:

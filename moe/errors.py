@@ -3,6 +3,9 @@
 A message says what failed (the value), why (the rule, with the numbers) and what to do.
 """
 
+from collections.abc import Callable, Sequence
+from typing import Any
+
 
 class MoeError(Exception):
     """Base of all errors that end a command with one line instead of a traceback."""
@@ -20,3 +23,18 @@ class Corrupt(MoeError):
     """Data on disk is damaged or incomplete: a hash, a shape or a file is not what was written."""
 
     exit_code = 3
+
+
+def problem(check: Callable[..., Any], *arguments: Any) -> list[str]:
+    """What a check has to say against its arguments, one sentence a line; empty where nothing."""
+    try:
+        check(*arguments)
+    except UserError as error:
+        return str(error).split("\n")
+    return []
+
+
+def raise_all(problems: Sequence[str]) -> None:
+    """Raise UserError with every problem, if there is one: each of them once."""
+    if problems:
+        raise UserError("\n".join(dict.fromkeys(problems)))

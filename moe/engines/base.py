@@ -4,11 +4,14 @@ The loop owns data order, loss, schedule, metrics and checkpoints; an engine own
 gradients and the optimiser. `moe.train` sees this protocol only.
 """
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from fnmatch import fnmatchcase
 from typing import Any, Literal, Protocol
 
 from torch import Tensor
+
+from moe.errors import raise_all
 
 Kind = Literal["parameter", "buffer", "exp_avg", "exp_avg_sq"]
 
@@ -58,3 +61,15 @@ class Engine(Protocol):
 
     @updates.setter
     def updates(self, value: int) -> None: ...
+
+
+def check_patterns(names: Sequence[str], patterns: Sequence[str]) -> None:
+    """Raise UserError for every pattern that matches no parameter's name."""
+    raise_all(
+        [
+            f"train.trainable pattern {pattern!r} matches none of the {len(names)} parameters, "
+            f"which are named like {names[len(names) // 2]!r}."
+            for pattern in patterns
+            if not any(fnmatchcase(name, pattern) for name in names)
+        ]
+    )

@@ -1,6 +1,7 @@
 """The native engine: plain torch in one process, FSDP2 over several (gloo or NCCL)."""
 
 import functools
+import warnings
 from collections.abc import Iterator
 from fnmatch import fnmatchcase
 from typing import Any
@@ -13,8 +14,7 @@ from transformers import PreTrainedModel
 
 import moe.kernels.ops  # noqa: F401  (registers moe::select_top_k)
 from moe.config import RunConfig
-from moe.engines.base import Entry
-from moe.errors import UserError
+from moe.engines.base import Entry, check_patterns
 from moe.parallel.norm import global_norm, scale_gradients
 from moe.parallel.world import Ranks
 
@@ -34,7 +34,9 @@ class NativeEngine:
         freeze(model, config.train.trainable)
         if config.train.activation_checkpointing == "full":
             kwargs = {"use_reentrant": False, "context_fn": _keep_choices}
-            model.gradient_checkpointing_enable(kwargs)
+            with warnings.catch_warnings():  # transformers 5.24 renames it, 5.17 knows no other
+                warnings.simplefilter("ignore", FutureWarning)
+                model.gradient_checkpointing_enable(kwargs)
         if config.train.compile:
             for layer in model.model.layers:
                 layer.compile()
@@ -145,13 +147,7 @@ def freeze(model: nn.Module, patterns: list[str]) -> None:
 
     Raises UserError for a pattern that matches nothing: a misspelt one would freeze in silence.
     """
-    names = [name for name, _ in model.named_parameters()]
-    for pattern in patterns:
-        if not any(fnmatchcase(name, pattern) for name in names):
-            raise UserError(
-                f"train.trainable pattern {pattern!r} matches none of the {len(names)} parameters, "
-                f"which are named like {names[len(names) // 2]!r}."
-            )
+    check_patterns([name for name, _ in model.named_parameters()], patterns)
     for name, parameter in model.named_parameters():
         parameter.requires_grad_(any(fnmatchcase(name, pattern) for pattern in patterns))
 

@@ -8,6 +8,7 @@ from collections.abc import Callable
 from typing import Any
 
 from transformers import CONFIG_MAPPING, PreTrainedConfig
+from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 
 from moe.errors import UserError
 from moe.model.config import RoutedLlamaConfig
@@ -74,6 +75,12 @@ def routed_config(dense: PreTrainedConfig) -> RoutedLlamaConfig:
     family = dense.model_type
     require_family("model_type", family)
     rope = getattr(dense, "rope_parameters", None) or {}  # transformers moves some fields there
+    kind = rope.get("rope_type", "default") if isinstance(rope, dict) else None
+    if kind not in {None, "default", *ROPE_INIT_FUNCTIONS}:
+        raise UserError(
+            f"rope_parameters.rope_type={kind!r} is unknown. transformers has default, "
+            f"{', '.join(sorted(set(ROPE_INIT_FUNCTIONS) - {'default'}))}."
+        )
     for field, harmless in OBSTACLES.items():
         value = getattr(dense, field, rope.get(field))
         if value not in harmless:

@@ -16,9 +16,10 @@ from moe import engines
 from moe.checkpoint import store
 from moe.config import RunConfig
 from moe.data.dataset import build_dataset
+from moe.data.manifest import read_manifest
 from moe.data.sampler import Batches, validation_batches
-from moe.engines.base import Engine
-from moe.errors import MoeError, UserError
+from moe.engines.base import Engine, check_patterns
+from moe.errors import MoeError, UserError, problem, raise_all
 from moe.hf.families import routed_config
 from moe.model import LayerLoad, RoutedLlamaConfig, RoutedLlamaForCausalLM
 from moe.model.accounting import flops_per_token
@@ -64,6 +65,25 @@ def load_model(source: Source) -> RoutedLlamaForCausalLM:
     return model
 
 
+def check_files(config: RunConfig) -> Source:
+    """The model's headers, after a look at all that the run will read.
+
+    Raises UserError with everything that is missing or does not fit, before anything is loaded.
+    """
+    found: list[Source] = []
+
+    def open_model() -> None:
+        found.append(Source.open(config.model))  # refuses pickles and damaged files
+        names = [n for n in found[0].tensors if not n.endswith(BUFFERS)]
+        check_patterns(names, config.train.trainable)
+
+    problems = problem(open_model)
+    for part in (*config.data.train, *config.data.validation):
+        problems += problem(read_manifest, part.path)
+    raise_all(problems)
+    return found[0]
+
+
 class Run:
     """One training run on one rank."""
 
@@ -75,7 +95,7 @@ class Run:
                 f"out={config.out} holds checkpoints and train.resume=never. Choose another out, "
                 "or train.resume=auto to go on from them."
             )
-        source = Source.open(config.model)  # headers only; refuses pickles and damaged files
+        source = check_files(config)
         data, cache = config.data, config.out / "cache"
         shared: dict[str, Any] = {
             "sequence_length": data.sequence_length,
@@ -179,8 +199,8 @@ class Run:
             raise MoeError(
                 f"step {self.step + 1}: gradient norm {norm.item()}, loss {summed.item():.4g}, on "
                 f"samples {first} to {first + settings.global_batch_size - 1}. Nothing was "
-                f"updated; the newest checkpoint is {store.latest(self.config.out)}. Lower "
-                "optimizer.lr or train.clip."
+                f"updated; the newest checkpoint: {store.latest(self.config.out) or 'none yet'}. "
+                "Lower optimizer.lr, or train.clip."
             )
         lr = learning_rate(
             self.step, self.config.schedule, self.config.optimizer.lr, settings.steps
@@ -323,7 +343,21 @@ class Run:
             self.reference = _tensors(progress["reference"], self.ranks.device)
         if self.ranks.rank == 0:
             print(f"going on from {folder}", flush=True)
+            for line in differences(progress["config"], self.config.model_dump(mode="json")):
+                print(f"  changed since then: {line}", flush=True)
         return int(progress["step"])
+
+
+def differences(then: dict[str, Any], now: dict[str, Any], at: str = "") -> list[str]:
+    """Keys of two configurations that differ, with both values, but for where the run lies."""
+    lines = []
+    for key in sorted(then.keys() | now.keys()):
+        old, new, place = then.get(key), now.get(key), f"{at}{key}"
+        if isinstance(old, dict) and isinstance(new, dict):
+            lines += differences(old, new, f"{place}.")
+        elif old != new and place not in ("out", "model", "train.resume"):
+            lines.append(f"{place} {old} -> {new}")
+    return lines
 
 
 def token_losses(logits: Tensor, batch: dict[str, Tensor]) -> Tensor:

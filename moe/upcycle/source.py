@@ -22,6 +22,8 @@ from moe.errors import Corrupt, UserError
 
 BLOCK_BYTES = 32 * 2**20  # a sum or a draw in double precision takes up to 16 times as much
 MAX_HEADER_BYTES = 100 * 2**20
+SIZES = ("hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads",
+         "num_key_value_heads", "head_dim", "vocab_size", "max_position_embeddings")  # fmt: skip
 INDEX = "model.safetensors.index.json"
 JOURNAL = "journal.json"  # of a folder under construction
 PARTIAL = ".partial"  # ends its name
@@ -62,6 +64,12 @@ def read_header(path: Path) -> dict[str, StoredTensor]:
         try:
             header = json.loads(file.read(length))
             header.pop("__metadata__", None)
+            for name, e in header.items():
+                if e["dtype"] not in DTYPES:
+                    raise UserError(
+                        f"{path}: {name} is stored as {e['dtype']}, which is not read: quantised "
+                        "weights have to be saved in a floating-point dtype first."
+                    )
             entries = [
                 (
                     name,
@@ -71,6 +79,8 @@ def read_header(path: Path) -> dict[str, StoredTensor]:
                 )
                 for name, e in header.items()
             ]
+        except UserError:
+            raise
         except (ValueError, KeyError, TypeError, AttributeError, UnicodeDecodeError) as error:
             raise Corrupt(f"{path}: unreadable safetensors header ({error}).") from error
     tensors = {}
@@ -101,15 +111,34 @@ def read_config(folder: Path) -> PreTrainedConfig:
     require_finished(folder)
     if not (folder / "config.json").is_file():
         what = "is not a folder" if not folder.is_dir() else "has no config.json"
+        if (folder / "checkpoints").is_dir():
+            raise UserError(f"{folder} is a run: give one of its checkpoints/step-N folders.")
         raise UserError(f"{folder} {what}. Give a model folder; a GGUF file or hub id needs "
                         "`moe import` first.")  # fmt: skip
+    _check_sizes(folder / "config.json")
     try:
         return AutoConfig.from_pretrained(folder, trust_remote_code=False)
     except UserError:
         raise
     except Exception as error:  # transformers raises what it likes over a bad config
-        reason = str(error).strip().split("\n")[0]
-        raise UserError(f"{folder}/config.json cannot be read: {reason}") from error
+        reason = " ".join(str(error).split())
+        raise UserError(f"{folder}/config.json cannot be read: {reason[:400]}") from error
+
+
+def _check_sizes(path: Path) -> None:
+    """Raise UserError naming every size that is none: transformers divides by them."""
+    try:
+        fields = json.loads(path.read_text())
+    except ValueError:
+        return  # what is wrong with it is said by who reads it all
+    wrong = [
+        f"{name}={fields[name]!r}"
+        for name in SIZES
+        if isinstance(fields, dict) and fields.get(name) is not None
+        if not (isinstance(fields[name], int) and fields[name] > 0)
+    ]
+    if wrong:
+        raise UserError(f"{path}: {', '.join(wrong)}: sizes are positive whole numbers.")
 
 
 @dataclass(frozen=True)

@@ -235,6 +235,8 @@ def write_weights(
     new_bytes = sum(s.size for _, s in todo if s.linked is None or not _same_disk(s, staging))
     free = shutil.disk_usage(staging.folder).free
     if new_bytes > free:
+        if len(todo) == len(files):
+            staging.discard()  # nothing in it yet
         raise UserError(
             f"{staging.out.parent} has {free / 1e9:.1f} GB free, the result needs "
             f"{new_bytes / 1e9:.1f} GB. Free some space, or choose another --out."

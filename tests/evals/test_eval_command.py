@@ -307,14 +307,26 @@ def test_the_smoke_suite(toys, evaluate):
         (("--tasks", CAUSATIVE, "--include-path", "no/such"), "no/such is not a folder"),
         (("--tasks", CAUSATIVE, "--baseline", "no/such"), "no/such is not a folder"),
         (("--tasks", CAUSATIVE), "with --data"),
-        (("--tasks", CAUSATIVE, "--data", "no/such"), "causative.jsonl does not exist"),
-        (("--tasks", "local_perplexity", "--data", "no/such"), "text/*.txt"),
+        (("--tasks", CAUSATIVE, "--data", "."), "causative.jsonl does not exist"),
+        (("--tasks", "local_perplexity", "--data", "no/such"), "--data no/such is not a folder"),
+        (("--tasks", "local_perplexity", "--data", str(Path(__file__).parent)), "text/*.txt"),
     ],
 )
 def test_impossible_requests_are_refused(arguments, message, toys, tmp_path):
     result = moe("eval", toys("dense"), "--out", tmp_path / "out", *arguments)
     assert result.code == 2 and message in result.err, result.err
     assert not (tmp_path / "out").exists()
+
+
+def test_problems_come_together_before_anything_is_evaluated(toys, tmp_path):
+    (tmp_path / "pickled").mkdir()
+    shutil.copy(toys("dense") / "config.json", tmp_path / "pickled")
+    (tmp_path / "pickled" / "pytorch_model.bin").write_bytes(b"\x80")
+    baselines = ("--baseline", tmp_path / "pickled", "--baseline", "none")
+    result = moe("eval", toys("dense"), *baselines, "--data", "no/such", "--out", tmp_path / "out")
+    assert result.code == 2 and "evaluating" not in result.err
+    for part in ("pickled weights", "none is not a folder", "no/such", "--tasks or --suite"):
+        assert part in result.err
 
 
 @pytest.mark.slow

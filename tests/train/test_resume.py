@@ -72,6 +72,7 @@ def test_stopped_and_resumed_run_ends_in_the_same_bits(toys, straight, tmp_path)
     assert store.latest(out).name == "step-2"
     printed = toy_run.run(config)
     assert f"going on from {out}/checkpoints/step-2" in printed
+    assert "changed since then" not in printed
     assert "steps 2 to 4" in printed
     found = hashes(out, 4)
     assert found == hashes(straight, 4)
@@ -79,6 +80,16 @@ def test_stopped_and_resumed_run_ends_in_the_same_bits(toys, straight, tmp_path)
     assert kinds == {"parameter", "buffer", "exp_avg", "exp_avg_sq"}
     assert untimed(out) == untimed(straight)
     assert [line["step"] for line in untimed(out)] == [1, 2, 3, 4]
+
+
+def test_what_has_changed_since_the_checkpoint_is_said(toys, straight, tmp_path) -> None:
+    out = tmp_path / "run"
+    shutil.copytree(straight, out)
+    other = ("train.steps=5", "optimizer.lr=0.5", "data.document_boundaries=none")
+    printed = toy_run.run(toys.config(out, *OPTIONS, *other))
+    for part in ("train.steps 4 -> 5", "optimizer.lr 0.001 -> 0.5", "attention -> none"):
+        assert part in printed
+    assert printed.count("changed since then") == 3
 
 
 def no_moments(patch: pytest.MonkeyPatch) -> None:

@@ -273,11 +273,36 @@ def test_weights_that_readers_disagree_on_are_refused(source, refused, moe_upcyc
     assert moe_upcycle("moh", *arguments).code == 0
 
 
-@pytest.mark.parametrize(("field", "value"), [("hidden_act", "foo"), ("vocab_size", -1)])
-def test_a_config_of_no_model_is_told_in_one_line(source, refused, field, value):
+@pytest.mark.parametrize(
+    ("fields", "messages"),
+    [
+        ({"hidden_act": "foo"}, ["describes no model"]),
+        (
+            {"vocab_size": -1, "num_attention_heads": 0, "hidden_size": "big"},
+            ["vocab_size=-1", "num_attention_heads=0", "hidden_size='big'", "positive whole"],
+        ),
+        ({"num_attention_heads": 7}, ["hidden size", "7"]),
+        (
+            {"rope_parameters": {"rope_type": "wat", "rope_theta": 1e4}},
+            ["rope_type='wat'", "default", "llama3", "yarn"],
+        ),
+    ],
+)
+def test_a_config_of_no_model_is_told_in_one_line(fields, messages, source, refused):
     path = source / "config.json"
-    path.write_text(json.dumps({**json.loads(path.read_text()), field: value}))
-    assert "describes no model" in refused(2, "moh", "--source", source)
+    path.write_text(json.dumps({**json.loads(path.read_text()), **fields}))
+    message = refused(2, "moh", "--source", source)
+    assert message.count("\n") == 1
+    for part in messages:
+        assert part in message
+
+
+def test_a_dtype_that_is_not_read_is_no_damage(source, refused):
+    tensors = load_file(source / "model.safetensors")
+    tensors["model.layers.1.mlp.up_proj.weight"] = torch.ones(64, 72, dtype=torch.int8)
+    save_file(tensors, source / "model.safetensors", {"format": "pt"})
+    message = refused(2, "moh", "--source", source)
+    assert "up_proj.weight is stored as I8" in message
 
 
 def test_a_folder_is_no_model_before_it_is_verified(source, moe_upcycle, tmp_path, monkeypatch):

@@ -8,13 +8,18 @@ from typing import Any, ClassVar, Literal, Self
 import torch
 from torch import Tensor
 
-from moe.errors import UserError
+from moe.errors import UserError, raise_all
 from moe.model import RoutedLlamaConfig
 from moe.model.spec import BAMAttention, MoEMLP, to_dict
 from moe.upcycle.expression import Concat, Expression
 from moe.upcycle.rearrange import Beside, Given, Mean, Repeat, Rows, Take
 from moe.upcycle.recipes.experts import stack_experts
-from moe.upcycle.recipes.seam import ROUTER_STD, Purpose, Target, balance, raise_all
+from moe.upcycle.recipes.seam import (
+    ROUTER_STD,
+    Purpose,
+    Target,
+    balance,
+)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

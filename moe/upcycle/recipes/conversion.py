@@ -14,13 +14,16 @@ from typing import Any, ClassVar, Protocol, Self
 
 import torch
 
-from moe.errors import Corrupt, UserError
+from moe.errors import Corrupt, UserError, problem, raise_all
 from moe.hf.families import routed_config
 from moe.model import RoutedLlamaConfig, RoutedLlamaForCausalLM
 from moe.upcycle.expression import Read
 from moe.upcycle.partition import Activations, require_text
 from moe.upcycle.recipes.agreement import require_agreement
-from moe.upcycle.recipes.seam import Plan, Target, problem, raise_all
+from moe.upcycle.recipes.seam import (
+    Plan,
+    Target,
+)
 from moe.upcycle.source import Source
 
 

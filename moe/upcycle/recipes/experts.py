@@ -5,7 +5,7 @@ import random
 from dataclasses import dataclass
 from typing import ClassVar, Literal, Self
 
-from moe.errors import UserError
+from moe.errors import UserError, problem, raise_all
 from moe.model import RoutedLlamaConfig
 from moe.model.spec import MoEMLP, to_dict
 from moe.upcycle.expression import Concat, Expression, Noise, Redraw, Stack
@@ -19,8 +19,6 @@ from moe.upcycle.recipes.seam import (
     choice_problems,
     divisors,
     number,
-    problem,
-    raise_all,
     router_std,
 )
 
@@ -77,7 +75,8 @@ class Copy:
             stack_experts(target, layer, [self._expert(mlp, key) for key in keys])
             target.draw_router(f"{at}.router.weight", self.num_experts, self.router_std())
         if self.diversity()[1] == 0:
-            return "equal experts, weights over the chosen ones sum to 1"
+            same = "identical" if self.diversify == "none" else "the same neurons in all"
+            return f"{same} experts, weights over the chosen ones sum to 1"
         return ""
 
     def _expert(self, mlp: MLP, key: str) -> MLP:

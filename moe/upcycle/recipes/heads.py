@@ -4,7 +4,7 @@ import dataclasses
 from dataclasses import dataclass
 from typing import ClassVar, Literal, Self
 
-from moe.errors import UserError
+from moe.errors import UserError, raise_all
 from moe.model import RoutedLlamaConfig
 from moe.model.spec import MoHAttention, to_dict
 from moe.upcycle.recipes.seam import Purpose, Target, balance
@@ -28,9 +28,12 @@ class MoH:
         units = self._units(config)
         shared = units // 2 if self.shared_heads is None else self.shared_heads
         if not 0 <= shared < units:
-            raise UserError(
+            found = [
                 f"--shared-heads {shared}: of {units} {self._noun}, 0 to {units - 1} can be shared."
-            )
+            ]
+            if self.top_k is not None and not 1 <= self.top_k <= units:
+                found.append(f"--top-k {self.top_k} must be between 1 and {units}.")
+            raise_all(found)
         top_k = max(1, round(0.75 * units) - shared) if self.top_k is None else self.top_k
         recipe = dataclasses.replace(self, shared_heads=shared, top_k=top_k)
         kv_heads = config.num_key_value_heads

@@ -66,26 +66,14 @@ def router_std(text: str) -> float:
 
 def choice_problems(num_experts: int, top_k: int) -> list[str]:
     """What is impossible about choosing `top_k` of `num_experts`."""
-    if not 1 <= num_experts <= MAX_EXPERTS:
-        return [f"--num-experts {num_experts} must be between 1 and {MAX_EXPERTS}."]
-    if not 1 <= top_k <= num_experts:
-        return [f"--top-k {top_k} must be between 1 and {num_experts}."]
-    return []
-
-
-def raise_all(problems: Sequence[str]) -> None:
-    """Raise UserError with every problem, if there is one."""
-    if problems:
-        raise UserError("\n".join(problems))
-
-
-def problem(check: Any, *arguments: Any) -> list[str]:
-    """What a check has to say, as a list."""
-    try:
-        check(*arguments)
-    except UserError as error:
-        return [str(error)]
-    return []
+    found, most = [], MAX_EXPERTS
+    if 1 <= num_experts <= MAX_EXPERTS:
+        most = num_experts
+    else:
+        found.append(f"--num-experts {num_experts} must be between 1 and {MAX_EXPERTS}.")
+    if not 1 <= top_k <= most:
+        found.append(f"--top-k {top_k} must be between 1 and {most}.")
+    return found
 
 
 def divisors(number: int) -> str:

@@ -6,7 +6,7 @@ from typing import ClassVar, Literal, Self
 
 import torch
 
-from moe.errors import UserError
+from moe.errors import UserError, problem, raise_all
 from moe.model import RoutedLlamaConfig
 from moe.model.spec import Mode, UoEAttention, UoEMLP, Weights, to_dict
 from moe.upcycle.expression import Draw
@@ -17,8 +17,6 @@ from moe.upcycle.recipes.seam import (
     Target,
     balance,
     number,
-    problem,
-    raise_all,
 )
 
 
