@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 import yaml
+from jinja2 import TemplateError
 from lm_eval import evaluator, simple_evaluate
 from lm_eval.tasks import TaskManager
 
@@ -139,6 +140,8 @@ def _results(
             )
         except (ConnectionError, OSError) as error:
             raise UserError(_offline(error, tasks)) from error
+        except TemplateError as error:
+            raise UserError(f"a template of {', '.join(tasks)} fails: {error}.") from error
         assert result is not None
         results.append(result)
     return results

@@ -88,6 +88,7 @@ def main() -> None:
     """Run the command; end our own errors in one line and their exit code."""
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")  # we fork workers
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
+    os.environ.setdefault("HF_HUB_VERBOSITY", "error")  # a page of retries without a network
     if not sys.stderr.isatty():
         os.environ.setdefault("TQDM_DISABLE", "1")  # libraries' bars make a mess of a log
     try:

@@ -246,12 +246,13 @@ def _between(values: dict[str, Any], wrong: Sequence[Sequence[int | str]]) -> li
     those at `wrong` are put aside, and what is said about them too.
     """
     places = {".".join(map(str, place)) for place in wrong}
-    rest: dict[str, Any] = {"model": ".", "out": ".", "data": {"train": [{"path": "."}]}}
+    placeholders: dict[str, Any] = {"model": ".", "out": ".", "data": {"train": [{"path": "."}]}}
+    rest = dict(placeholders)
     for section, given in values.items():
         if isinstance(given, dict) and section != "data":
             rest[section] = {k: v for k, v in given.items() if f"{section}.{k}" not in places}
     try:
-        RunConfig.model_validate({k: v for k, v in rest.items() if k not in places})
+        RunConfig.model_validate(placeholders | {k: v for k, v in rest.items() if k not in places})
     except ValidationError as error:
         found = [line for e in error.errors() if not e["loc"] for line in _explain(e).split("\n")]
         return [line for line in found if not any(place and place in line for place in places)]

@@ -164,6 +164,9 @@ def test_all_problems_come_at_once(file) -> None:
     )
     assert "5 problem(s)" in mixed
     assert "train.micro_batch_size=7 does not divide" in mixed
+    (file.parent / "bare.yaml").write_text("train: {micro_batch_size: 7, global_batch_size: 24}")
+    with pytest.raises(UserError, match=r"(?s)model is missing.*7 does not divide"):
+        load(file.parent / "bare.yaml")
     overrides = refuse(file, "nonsense", "seed.a=1", "data.train.7.weight=2", "optimizer.lr=-1")
     for part in ("'nonsense'", "seed={'a': 1}", "7 is no item of a list", "optimizer.lr=-1"):
         assert part in overrides

@@ -8,6 +8,7 @@ from collections.abc import Callable
 from typing import Any
 
 from transformers import CONFIG_MAPPING, PreTrainedConfig
+from transformers.activations import ACT2FN
 from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 
 from moe.errors import UserError
@@ -75,6 +76,8 @@ def routed_config(dense: PreTrainedConfig) -> RoutedLlamaConfig:
     family = dense.model_type
     require_family("model_type", family)
     rope = getattr(dense, "rope_parameters", None) or {}  # transformers moves some fields there
+    if (activation := getattr(dense, "hidden_act", "silu")) not in ACT2FN:
+        raise UserError(f"hidden_act={activation!r} is unknown to transformers.")
     kind = rope.get("rope_type", "default") if isinstance(rope, dict) else None
     if kind not in {None, "default", *ROPE_INIT_FUNCTIONS}:
         raise UserError(

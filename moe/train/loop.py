@@ -74,6 +74,7 @@ def check_files(config: RunConfig) -> Source:
 
     def open_model() -> None:
         found.append(Source.open(config.model))  # refuses pickles and damaged files
+        routed_config(found[0].config)  # and families that are not LLaMA's
         names = [n for n in found[0].tensors if not n.endswith(BUFFERS)]
         check_patterns(names, config.train.trainable)
 

@@ -7,10 +7,23 @@ from typing import Annotated
 import typer
 
 from moe.errors import Corrupt, UserError
+from moe.hf.native import HOMES
 from moe.upcycle.receipt import NAME, check, unknown
-from moe.upcycle.source import require_finished
+from moe.upcycle.recipes import unchanged
+from moe.upcycle.source import Source, require_finished
 
 app = typer.Typer(add_completion=False)
+
+
+def _misfits(folder: Path) -> list[str]:
+    """What keeps the tensors of a folder from being those of its config's model."""
+    try:
+        source = Source.open(folder)
+        if source.config.model_type not in HOMES:  # whose tensors have other names
+            unchanged(source)
+    except (UserError, Corrupt) as error:
+        return [str(error)]
+    return []
 
 
 @app.command()
@@ -29,7 +42,10 @@ def run(
         problems, against = check_checkpoint(path), "manifest.json"
     else:
         problems, added = check(path), unknown(path)
-        against = NAME if (path / NAME).is_file() else "their headers alone (there is no receipt)"
+        against = NAME
+        if not (path / NAME).is_file():
+            against = "its config and the headers alone (there is no receipt)"
+            problems += _misfits(path)
     if as_json:
         found = {"path": str(path), "sound": not problems, "problems": problems, "unknown": added}
         typer.echo(json.dumps(found))

@@ -264,6 +264,11 @@ metric_list: [{{metric: acc, aggregation: mean, higher_is_better: true}}]
             for q in ("1+1=", "2+2=")]  # fmt: skip
     assert values(report)["sums", "acc"] == [((best[0] == "2") + (best[1] == "4")) / 2]
     assert (CAUSATIVE, "acc") in values(report)
+    wrong = (folder / "sums.yaml").read_text().replace("a|string", "nothing.a")
+    (folder / "sums.yaml").write_text(wrong)
+    options = ("--tasks", "sums", "--include-path", folder, "--out", tmp_path / "none")
+    result = moe("eval", toys("dense"), *options)
+    assert result.code == 2 and "a template of sums fails" in result.err
 
 
 @pytest.mark.slow

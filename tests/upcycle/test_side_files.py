@@ -3,6 +3,8 @@
 import json
 import shutil
 
+from invoke import moe
+from safetensors.torch import load_file, save_file
 from transformers import AutoTokenizer
 
 from moe.upcycle import run
@@ -52,6 +54,20 @@ def test_the_result_splits_text_as_its_parent_does(dense, moe_upcycle, monkeypat
     result = moe_upcycle("moh", "--source", source, "--out", tmp_path / "other")
     assert result.code == 3 and "tokenizer" in result.err
     assert not list(tmp_path.glob("other*"))
+
+
+def test_a_folder_without_a_receipt_is_held_against_its_config(source):
+    assert moe("verify", source).code == 0
+    config = json.loads((source / "config.json").read_text())
+    (source / "config.json").write_text(json.dumps({**config, "vocab_size": 200}))
+    result = moe("verify", source)
+    assert result.code == 3 and "embed_tokens" in result.err and "200" in result.err
+    (source / "config.json").write_text(json.dumps(config))
+    tensors = load_file(source / "model.safetensors")
+    del tensors["model.layers.1.mlp.up_proj.weight"]
+    save_file(tensors, source / "model.safetensors", {"format": "pt"})
+    result = moe("verify", source)
+    assert result.code == 3 and "layers.1.mlp.up_proj.weight" in result.err
 
 
 def test_a_source_without_side_files_is_enough(dense, moe_upcycle, tmp_path):

@@ -276,7 +276,7 @@ def test_weights_that_readers_disagree_on_are_refused(source, refused, moe_upcyc
 @pytest.mark.parametrize(
     ("fields", "messages"),
     [
-        ({"hidden_act": "foo"}, ["describes no model"]),
+        ({"hidden_act": "foo"}, ["source: hidden_act='foo' is unknown"]),
         (
             {"vocab_size": -1, "num_attention_heads": 0, "hidden_size": "big"},
             ["vocab_size=-1", "num_attention_heads=0", "hidden_size='big'", "positive whole"],
@@ -295,6 +295,13 @@ def test_a_config_of_no_model_is_told_in_one_line(fields, messages, source, refu
     assert message.count("\n") == 1
     for part in messages:
         assert part in message
+
+
+def test_weights_that_are_no_floats_are_refused(source, refused):
+    tensors = load_file(source / "model.safetensors")
+    tensors["model.norm.weight"] = tensors["model.norm.weight"].int()
+    save_file(tensors, source / "model.safetensors", {"format": "pt"})
+    assert "model.norm.weight is stored as int32" in refused(2, "moh", "--source", source)
 
 
 def test_a_dtype_that_is_not_read_is_no_damage(source, refused):

@@ -47,7 +47,10 @@ def require_agreement(sources: Sequence[Source], dtype: torch.dtype | None) -> N
 
 
 def _fields(source: Source) -> dict[str, Any]:
-    fields = routed_config(source.config).to_dict()
+    try:
+        fields = routed_config(source.config).to_dict()
+    except UserError as error:
+        raise UserError(f"{source.folder}: {error}") from None
     return {k: v for k, v in fields.items() if k not in IGNORED}
 
 

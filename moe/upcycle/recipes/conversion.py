@@ -66,7 +66,7 @@ def convert(
 ) -> Conversion:  # fmt: skip
     """Config and plan of `recipe` on `sources`. Raises UserError where they do not go together."""
     source = sources[0]
-    config = routed_config(source.config)
+    config = config_of(source)
     chosen: list[int] = []
     problems: list[str] = []
     try:
@@ -138,8 +138,16 @@ def unchanged(source: Source) -> Plan:
         for name, tensor in source.tensors.items()
         if not name.endswith("rotary_emb.inv_freq")  # old checkpoints store what is computed
     }
-    _check_names(plan, routed_config(source.config), source)
+    _check_names(plan, config_of(source), source)
     return plan
+
+
+def config_of(source: Source) -> RoutedLlamaConfig:
+    """The source's config as a RoutedLlama's. Raises UserError naming the folder and the field."""
+    try:
+        return routed_config(source.config)
+    except UserError as error:
+        raise UserError(f"{source.folder}: {error}") from None
 
 
 def _check_names(plan: Plan, config: RoutedLlamaConfig, source: Source) -> None:
@@ -162,6 +170,9 @@ def _check_names(plan: Plan, config: RoutedLlamaConfig, source: Source) -> None:
                 f"{source.folder}: tensor {name} has no place in a {config.source_model_type} "
                 "model of this config. Is the config the checkpoint's own?"
             )
+        if not expression.dtype.is_floating_point:
+            stored = str(expression.dtype).removeprefix("torch.")
+            raise UserError(f"{source.folder}: {name} is stored as {stored}: weights are floats.")
         if tuple(wanted[name].shape) != tuple(expression.shape):
             raise Corrupt(
                 f"{source.folder}: {name} is {tuple(expression.shape)}, its config says "
