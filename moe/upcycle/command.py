@@ -214,7 +214,9 @@ def uoe(
         Literal["hard", "soft"], typer.Option(help="A chosen part counts once, or by its score.")
     ] = "hard",
     output_scale: Annotated[
-        str, typer.Option(help="Of the MLP's slices: 1, ratio (experts over top-k), or a number.")
+        str,
+        typer.Option(help="Of the MLP's slices: 1, ratio (experts over top-k), calibrated (layer "
+                     "by layer, to --calibrate text), or a number."),
     ] = "1",
     partition: Partition = "contiguous",
     shared_neurons: Shared = 0,

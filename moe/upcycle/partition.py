@@ -151,11 +151,10 @@ class Activations:
         ]
 
 
-def require_text(partition: str, text: Path | None) -> None:
-    """Raise UserError where a partition needs text that was not given, or none has use for it."""
-    if partition == "activation" and text is None:
-        raise UserError("--partition activation needs --calibrate FILE, a text to run over.")
-    if partition != "activation" and text is not None:
-        raise UserError(
-            "--calibrate is for --partition activation: nothing else is fitted to text."
-        )
+def require_text(reads_text: bool, text: Path | None) -> None:
+    """Raise UserError where a recipe needs text that was not given, or has no use for it."""
+    what = "--partition activation and --output-scale calibrated"
+    if reads_text and text is None:
+        raise UserError(f"{what} need --calibrate FILE, a text to run over.")
+    if not reads_text and text is not None:
+        raise UserError(f"--calibrate is for {what}: nothing else is fitted to text.")

@@ -12,10 +12,12 @@ import typer
 
 from moe.errors import Corrupt, UserError
 from moe.hf.importing import write_both_ropes
+from moe.model import RoutedLlamaConfig
 from moe.model.accounting import parameter_counts
 from moe.upcycle import writer
 from moe.upcycle.receipt import Receipt, seal, versions
 from moe.upcycle.recipes import Conversion, convert
+from moe.upcycle.scales import fit_scales
 from moe.upcycle.source import Source, hash_file
 from moe.upcycle.tokenizer import keep_class
 from moe.upcycle.verify import assembled, summary, verify, windows
@@ -95,6 +97,13 @@ def execute(
         write_both_ropes(config / "config.json")
         with assembled(staging.folder, config) as whole:
             keep_class(source.folder, whole, staging.folder)
+        if getattr(conversion.recipe, "fits_scales", False):
+            assert request.calibrate is not None
+            with assembled(staging.folder, config) as whole:
+                step["output_scales"] = fit_scales(source.folder, whole, request.calibrate)
+            set_scales(conversion.config, step["output_scales"])
+            conversion.config.save_pretrained(config)
+            write_both_ropes(config / "config.json")
         if request.verify:
             with assembled(staging.folder, config) as whole:
                 receipt.verification = verify(
@@ -118,6 +127,16 @@ def execute(
         seal(staging.folder, receipt)
         staging.publish()
     return receipt
+
+
+def set_scales(config: RoutedLlamaConfig, scales: dict[int, float]) -> None:
+    """Give each of these layers' MLPs its own output scale."""
+    given: Any = config.mlp
+    layers = given if isinstance(given, list) else [given] * config.num_hidden_layers
+    config.mlp = [
+        {**layer, "output_scale": scales[i]} if i in scales else layer
+        for i, layer in enumerate(layers)
+    ]
 
 
 def describe_step(

@@ -11,7 +11,7 @@ from transformers import AutoModelForCausalLM
 
 from moe.upcycle.partition import balanced_clusters
 from moe.upcycle.receipt import Receipt
-from moe.upcycle.verify import verify
+from moe.upcycle.verify import verify, windows
 
 GRANULAR = ("granular", "--num-experts", 4, "--granularity", 4, "--top-k", 8)
 EXACT = {
@@ -141,6 +141,37 @@ def test_a_partition_is_every_neuron_once(partition, dense, moe_upcycle, weights
     assert (order == list(range(64))) == (partition == "contiguous")
     assert torch.equal(up, parent[f"{at}.up_proj.weight"][order])
     assert torch.equal(down, parent[f"{at}.down_proj.weight"][:, order])
+
+
+def test_scales_fitted_to_text_are_the_nearest(dense, moe_upcycle, tmp_path):
+    text = tmp_path / "text.txt"
+    text.write_text("def route(x):\n    return top_k(softmax(x @ w), k)\n" * 200)
+    options = ("uoe", "--mlp-experts", 4, "--source", dense("llama"))
+    fitted = (*options, "--output-scale", "calibrated", "--calibrate", text)
+    result = moe_upcycle(*fitted, "--out", tmp_path / "fitted")
+    assert result.code == 0, result.err
+    model = AutoModelForCausalLM.from_pretrained(tmp_path / "fitted")
+    scales = [model.config.mlp_spec(i).output_scale for i in range(3)]
+    assert len(set(scales)) == 3 and all(0.5 < s < 4 and s != 1 for s in scales)
+    recorded = Receipt.read(tmp_path / "fitted").steps[-1]["output_scales"]
+    assert list(recorded.values()) == scales
+    parent = AutoModelForCausalLM.from_pretrained(dense("llama"))
+    ids, _ = windows(dense("llama"), text, parent.config.vocab_size)
+    for index in (0, 2):  # neither more nor less would be nearer
+        mlp, whole = model.model.layers[index].mlp, parent.model.layers[index].mlp
+        given = []
+        hook = mlp.register_forward_pre_hook(lambda m, x, given=given: given.append(x[0]))
+        with torch.no_grad():
+            for window in ids:
+                model(window[None])
+            hook.remove()
+            x = torch.cat(given)
+            union, wanted = mlp(x, None, None)[0], whole(x)
+        errors = [(f * union - wanted).norm().item() for f in (0.9, 1.0, 1.1)]
+        if index == 0:  # later layers were measured behind unscaled ones
+            assert errors[1] < errors[0] and errors[1] < errors[2]
+    assert "need --calibrate" in moe_upcycle(*options, "--output-scale", "calibrated",
+                                             "--out", tmp_path / "none").err  # fmt: skip
 
 
 def test_neurons_that_fire_together_go_together(dense, moe_upcycle, weights, tmp_path):

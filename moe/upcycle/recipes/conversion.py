@@ -79,8 +79,7 @@ def convert(
         recipe = recipe.resolved(config, len(sources))
     except UserError as error:
         problems.append(str(error))
-    partition = getattr(recipe, "partition", "")
-    problems += problem(require_text, partition, calibrate)
+    problems += problem(require_text, getattr(recipe, "reads_text", False), calibrate)
     raise_all(problems)
     config.dtype = dtype or config.dtype
     plans = [unchanged(s) for s in sources]

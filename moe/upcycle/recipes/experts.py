@@ -198,6 +198,11 @@ class Split:
     router_init: str | None = None  # None: normal:0.02, zero where every expert is chosen
     purpose: Purpose = "train"
 
+    @property
+    def reads_text(self) -> bool:
+        """Whether the recipe is fitted to `--calibrate` text."""
+        return self.partition == "activation"
+
     def resolved(self, config: RoutedLlamaConfig, sources: int) -> Self:
         default = "zero" if self.top_k == self.num_experts else f"normal:{ROUTER_STD}"
         recipe = dataclasses.replace(self, router_init=self.router_init or default)

@@ -32,7 +32,7 @@ class UoE:
     attention_top_k: int | None = None
     mode: Mode = "token_choice"  # the MLP's
     weights: Weights = "hard"
-    output_scale: str = "1"  # of the MLP: 1, ratio (experts over top-k), or a number
+    output_scale: str = "1"  # of the MLP: 1, ratio (experts over top-k), calibrated, or a number
     partition: Literal["contiguous", "random", "kmeans", "activation"] = "contiguous"
     shared_neurons: int = 0
     sink_tokens: int = 1
@@ -77,7 +77,9 @@ class UoE:
         assert self.mlp_experts is not None and self.mlp_top_k is not None
         if self.output_scale == "ratio":
             return self.mlp_experts / self.mlp_top_k
-        forms = "1, ratio (experts over top-k) or a positive number"
+        if self.output_scale == "calibrated":
+            return 1.0  # until it is fitted, layer by layer
+        forms = "1, ratio (experts over top-k), calibrated or a positive number"
         value = number(f"x:{self.output_scale}", "--output-scale", ("x",), forms)[1]
         if value == 0:
             raise UserError(f"--output-scale {self.output_scale}: use {forms}.")
@@ -124,6 +126,17 @@ class UoE:
                     name = f"{at}.mlp.router.selection_bias"
                     target.plan[name] = Draw((experts,), torch.float32, 0.0, name)
         return "every expert is on with weight 1" if self._everything_is_on() else ""
+
+    @property
+    def fits_scales(self) -> bool:
+        """Whether output scales are to be fitted to text; where all is on there is nothing to."""
+        partial = self.mlp_experts is not None and self.mlp_top_k != self.mlp_experts
+        return self.output_scale == "calibrated" and partial
+
+    @property
+    def reads_text(self) -> bool:
+        """Whether the recipe is fitted to `--calibrate` text."""
+        return self.partition == "activation" or self.fits_scales
 
     def _everything_is_on(self) -> bool:
         attention = self.attention_top_k == self.attention_experts
