@@ -1,5 +1,5 @@
 # make demo   the whole road on real weights: import, upcycle, train, evaluate
-# make test   everything that CI checks; make check: the part that takes under two minutes
+# make test   everything that CI checks; make check: the part that takes some two minutes
 PYTHON ?= python3
 VENV   := .venv
 BIN    := $(VENV)/bin

@@ -73,6 +73,7 @@ def test_a_resumed_run_ends_in_the_same_bits(unions, tmp_path):
     assert toy_run.differing(middle, half), "negative control: without annealing it is another run"
 
 
+@pytest.mark.slow
 def test_loss_falls_and_biases_move(unions, tmp_path):
     out = tmp_path / "run"
     options = ("train.steps=30", "train.anneal_steps=15", "train.log_every=1", "optimizer.lr=3e-3")

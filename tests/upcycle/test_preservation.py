@@ -60,6 +60,7 @@ def difference(moe_upcycle, source: Path, out: Path, *options: object) -> float:
     return Receipt.read(out).verification["relative_difference"]
 
 
+@pytest.mark.slow
 def test_the_difference_grows_with_what_tells_copies_apart(dense, moe_upcycle, tmp_path):
     source = dense("llama")
     for kind, amounts, least in (("noise", (0, 1e-4, 1e-3, 1e-2), 2), ("drop", (0, 0.1, 0.5), 1.2)):

@@ -80,6 +80,7 @@ def scaled(folder: Path, factors: dict[str, float]) -> float:
     return verify(Path(parent), folder, quiet=True)["relative_difference"]
 
 
+@pytest.mark.slow
 def test_a_granular_scale_must_be_linear(dense, moe_upcycle, tmp_path):
     """Only the gate's argument is not linear: a cube root on each of the three is not the scale."""
     third = 4 ** (1 / 3)
@@ -95,6 +96,7 @@ def test_a_granular_scale_must_be_linear(dense, moe_upcycle, tmp_path):
         assert low <= scaled(out, factors) <= high, name
 
 
+@pytest.mark.slow
 def test_part_of_a_copy_or_groups_apart_are_not_the_function(dense, moe_upcycle, tmp_path):
     out = tmp_path / "out"
     assert moe_upcycle(*GRANULAR, "--source", dense("llama"), "--out", out).code == 0
@@ -212,6 +214,7 @@ def test_cuts_that_do_not_fit_list_those_that_do(arguments, messages, dense, ref
         assert part in message
 
 
+@pytest.mark.slow
 def test_any_mlp_goes_with_any_attention(dense, moe_upcycle, tmp_path):
     chains = [
         (("moh",), EXACT["split-kmeans"]),
