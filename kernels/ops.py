@@ -42,14 +42,17 @@ def _(scores: Tensor, k: int) -> Tensor:
     return scores.new_empty(*scores.shape[:-1], k, dtype=torch.int64)
 
 
+def forced_backend() -> str | None:
+    """What `MOE_KERNELS` asks for, None where it asks for nothing."""
+    forced = os.environ.get("MOE_KERNELS") or None
+    if forced and forced not in BACKENDS:
+        raise ValueError(f"MOE_KERNELS={forced!r} is unknown. Use one of {', '.join(BACKENDS)}.")
+    return forced
+
+
 def backend(x_TH: Tensor, w1_EDH: Tensor, w2_EHI: Tensor, k: int) -> str:
     """The backend that `routed_mlp` takes for these tensors."""
-    forced = os.environ.get("MOE_KERNELS")
-    if forced:
-        if forced not in BACKENDS:
-            raise ValueError(
-                f"MOE_KERNELS={forced!r} is unknown. Use one of {', '.join(BACKENDS)}."
-            )
+    if forced := forced_backend():
         if forced == "grouped_mm" and not grouped_mm.fits(w1_EDH, w2_EHI):
             raise ValueError(
                 f"MOE_KERNELS=grouped_mm does not take {w1_EDH.dtype} experts of shape "

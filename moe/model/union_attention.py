@@ -4,7 +4,6 @@ An expert is a run of whole KV groups: its query heads, keys and values. B seque
 experts, P (token, expert) pairs of one expert, N query heads, G KV heads, d head size.
 """
 
-import os
 from typing import Any
 
 import torch
@@ -59,7 +58,7 @@ class UnionAttention(RoutedAttention):
         weights_BSE = choice.weights_TE.view(batch, length, -1)
         if attention_mask is not None and attention_mask.ndim != 4:
             attention_mask = None  # flash attention's: padding, which is never selected
-        attend = self._masked if os.environ.get("MOE_KERNELS") == "naive" else self._compact
+        attend = self._masked if ops.forced_backend() == "naive" else self._compact
         y_BSH = attend(x_BSH, mask_BSE, weights_BSE, position_embeddings, attention_mask, cache)
         return y_BSH, None, choice.load
 

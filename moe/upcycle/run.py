@@ -63,7 +63,10 @@ def run(recipe: Any, request: Request) -> None:
         described = describe_plan(conversion, plan, sources)
         typer.echo(json.dumps(described) if request.as_json else describe_lines(described))
         return
-    if request.verify:  # what would make it fail is said now, not after an hour of writing
+    # what would make it fail is said now, not after an hour of writing
+    if request.calibrate:
+        windows(source.folder, request.calibrate, source.config.vocab_size)
+    if request.verify:
         windows(source.folder, request.text, source.config.vocab_size)
     receipt = execute(request, sources, conversion, plan)
     if request.as_json:

@@ -159,19 +159,17 @@ def test_scales_fitted_to_text_are_the_nearest(dense, moe_upcycle, tmp_path):
     assert list(recorded.values()) == scales
     parent = AutoModelForCausalLM.from_pretrained(dense("llama"))
     ids, _ = windows(dense("llama"), text, parent.config.vocab_size)
-    for index in (0, 2):  # neither more nor less would be nearer
-        mlp, whole = model.model.layers[index].mlp, parent.model.layers[index].mlp
-        given = []
-        hook = mlp.register_forward_pre_hook(lambda m, x, given=given: given.append(x[0]))
-        with torch.no_grad():
-            for window in ids:
-                model(window[None])
-            hook.remove()
-            x = torch.cat(given)
-            union, wanted = mlp(x, None, None)[0], whole(x)
-        errors = [(f * union - wanted).norm().item() for f in (0.9, 1.0, 1.1)]
-        if index == 0:  # later layers were measured behind unscaled ones
-            assert errors[1] < errors[0] and errors[1] < errors[2]
+    # neither more nor less would be nearer; later layers were measured behind unscaled ones
+    mlp, whole, given = model.model.layers[0].mlp, parent.model.layers[0].mlp, []
+    hook = mlp.register_forward_pre_hook(lambda m, x: given.append(x[0]))
+    with torch.no_grad():
+        for window in ids:
+            model(window[None])
+        hook.remove()
+        x = torch.cat(given)
+        union, wanted = mlp(x, None, None)[0], whole(x)
+    less, found, more = ((f * union - wanted).norm().item() for f in (0.9, 1.0, 1.1))
+    assert found < less and found < more
     assert "need --calibrate" in moe_upcycle(*options, "--output-scale", "calibrated",
                                              "--out", tmp_path / "none").err  # fmt: skip
 
@@ -212,6 +210,14 @@ def test_cuts_that_do_not_fit_list_those_that_do(arguments, messages, dense, ref
     message = refused(2, *arguments, "--source", dense("llama"))
     for part in messages:
         assert part in message
+
+
+def test_calibration_text_is_looked_at_before_anything_is_written(dense, refused, tmp_path):
+    short = tmp_path / "short.txt"
+    short.write_text("too short")
+    options = ("uoe", "--mlp-experts", 4, "--partition", "activation", "--source", dense("llama"))
+    assert "at least" in refused(2, *options, "--calibrate", short, "--no-verify")
+    assert "nowhere.txt" in refused(2, *options, "--calibrate", "nowhere.txt")
 
 
 @pytest.mark.slow
