@@ -19,7 +19,7 @@ from moe.hf.gates import Gates
 from moe.model import RoutedLlamaConfig
 from moe.model.attention import widened
 from moe.model.spec import BAMAttention, DenseMLP, RoutedMLPSpec
-from moe.upcycle.expression import Concat, Expression
+from moe.upcycle.expression import Concat, Expression, Mapped
 from moe.upcycle.rearrange import Beside, Rows, scaled
 
 Plan = dict[str, Expression]
@@ -27,20 +27,11 @@ NORMS = ("q_norm.weight", "k_norm.weight")
 
 
 @dataclass(frozen=True, slots=True)
-class ColumnsScaled:
+class ColumnsScaled(Mapped):
     """A matrix whose columns have factors, one for every `run` columns in a row."""
 
-    base: Expression
     factors: tuple[float, ...]
     run: int
-
-    @property
-    def shape(self) -> tuple[int, ...]:
-        return self.base.shape
-
-    @property
-    def dtype(self) -> torch.dtype:
-        return self.base.dtype
 
     def rows(self, start: int, stop: int) -> Tensor:
         wide = torch.promote_types(self.dtype, torch.float32)  # rounded once, when multiplied

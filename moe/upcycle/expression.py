@@ -181,12 +181,10 @@ class Draw:
 
 
 @dataclass(frozen=True, slots=True)
-class Noise:
-    """A tensor plus normal noise of deviation `std`."""
+class Mapped:
+    """What all expressions share that keep the shape and the dtype of another."""
 
     base: Expression
-    std: float
-    key: str
 
     @property
     def shape(self) -> tuple[int, ...]:
@@ -195,6 +193,14 @@ class Noise:
     @property
     def dtype(self) -> torch.dtype:
         return self.base.dtype
+
+
+@dataclass(frozen=True, slots=True)
+class Noise(Mapped):
+    """A tensor plus normal noise of deviation `std`."""
+
+    std: float
+    key: str
 
     def rows(self, start: int, stop: int) -> Tensor:
         block = self.base.rows(start, stop)
@@ -207,24 +213,15 @@ class Noise:
 
 
 @dataclass(frozen=True, slots=True)
-class Redraw:
+class Redraw(Mapped):
     """A matrix with some rows (axis 0) or columns (axis 1) drawn anew, from a normal distribution
     of the mean and deviation of what they replace. Source: Drop-Upcycling, eq. 3.
     """
 
-    base: Expression
     chosen: tuple[int, ...]
     axis: int
     key: str
     _moments: list[tuple[float, float]] = field(default_factory=list, compare=False, repr=False)
-
-    @property
-    def shape(self) -> tuple[int, ...]:
-        return self.base.shape
-
-    @property
-    def dtype(self) -> torch.dtype:
-        return self.base.dtype
 
     def rows(self, start: int, stop: int) -> Tensor:
         block = self.base.rows(start, stop)

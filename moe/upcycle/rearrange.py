@@ -11,7 +11,7 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
-from moe.upcycle.expression import Expression, num_columns
+from moe.upcycle.expression import Expression, Mapped, num_columns
 
 
 @dataclass(frozen=True, slots=True)
@@ -39,19 +39,10 @@ class Rows:
 
 
 @dataclass(frozen=True, slots=True)
-class Scaled:
+class Scaled(Mapped):
     """A tensor times a constant, rounded to its own dtype: exact for powers of two."""
 
-    base: Expression
     factor: float
-
-    @property
-    def shape(self) -> tuple[int, ...]:
-        return self.base.shape
-
-    @property
-    def dtype(self) -> torch.dtype:
-        return self.base.dtype
 
     def rows(self, start: int, stop: int) -> Tensor:
         return self.base.rows(start, stop) * self.factor

@@ -11,7 +11,7 @@ from torch import Tensor
 from moe.errors import UserError, raise_all
 from moe.model import RoutedLlamaConfig
 from moe.model.spec import BAMAttention, MoEMLP, to_dict
-from moe.upcycle.expression import Concat, Expression
+from moe.upcycle.expression import Concat, Expression, Mapped
 from moe.upcycle.rearrange import Beside, Given, Mean, Repeat, Rows, Take
 from moe.upcycle.recipes.experts import stack_experts
 from moe.upcycle.recipes.seam import (
@@ -224,20 +224,11 @@ def make_parallel(target: Target) -> None:
 
 
 @dataclass(frozen=True, slots=True)
-class Renormed:
+class Renormed(Mapped):
     """A matrix for inputs weighed by norm `now`, made of one for inputs weighed by norm `then`."""
 
-    base: Expression
     then: Expression
     now: Expression
-
-    @property
-    def shape(self) -> tuple[int, ...]:
-        return self.base.shape
-
-    @property
-    def dtype(self) -> torch.dtype:
-        return self.base.dtype
 
     def rows(self, start: int, stop: int) -> Tensor:
         width = self.then.shape[0]
