@@ -25,7 +25,7 @@ from moe.checkpoint.manifest import NAME
 from moe.errors import Corrupt, UserError
 from moe.hf import proof, remote_code
 from moe.hf.dense import dense_model
-from moe.hf.gates import Gates, calibration_tokens, mean_gates, require_other_text
+from moe.hf.gates import Gates, calibration_tokens, mean_gates
 from moe.hf.importing import write_both_ropes
 from moe.hf.layouts import native_plan
 from moe.hf.native import native_config
@@ -35,7 +35,7 @@ from moe.upcycle import writer
 from moe.upcycle.receipt import Receipt, seal, versions
 from moe.upcycle.source import hash_file
 from moe.upcycle.tokenizer import keep_class
-from moe.upcycle.verify import assembled, load
+from moe.upcycle.verify import assembled, load, require_other_text
 
 Form = Literal[
     "hf", "mixtral", "granitemoe", "granitemoeshared", "qwen2_moe", "dense", "remote-code"

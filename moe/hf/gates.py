@@ -39,18 +39,6 @@ def frozen_parts(config: RoutedLlamaConfig) -> list[Part]:
     return parts
 
 
-def require_other_text(calibrate: Path | None, text: Path | None) -> None:
-    """Raises UserError where a model would be verified on the text that it was fitted on."""
-    if calibrate is None or text is None:
-        return
-    there = calibrate.exists() and text.exists()
-    if calibrate.samefile(text) if there else calibrate == text:
-        raise UserError(
-            f"--calibrate and --text are both {text}: what was fitted on a text cannot be "
-            "verified on it. Give two."
-        )
-
-
 def calibration_tokens(folder: Path, text: Path, vocab_size: int) -> Tensor:
     """Token ids [windows, length] of a text. Raises UserError where there are none to be had."""
     quiet_libraries()

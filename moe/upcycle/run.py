@@ -20,7 +20,7 @@ from moe.upcycle.recipes import Conversion, convert
 from moe.upcycle.scales import fit_scales
 from moe.upcycle.source import Source, hash_file
 from moe.upcycle.tokenizer import keep_class
-from moe.upcycle.verify import assembled, summary, verify, windows
+from moe.upcycle.verify import assembled, require_other_text, summary, verify, windows
 
 Dtype = Literal["float32", "bfloat16"]
 
@@ -43,11 +43,7 @@ class Request:
 
 def run(recipe: Any, request: Request) -> None:
     """Carry out a request and print what came of it."""
-    if request.calibrate and request.text and request.calibrate.samefile(request.text):
-        raise UserError(
-            f"--calibrate and --text are both {request.text}: what was fitted on a text cannot be "
-            "verified on it."
-        )
+    require_other_text(request.calibrate, request.text)
     sources = [Source.open(folder) for folder in request.source]
     source = sources[0]
     dtype = getattr(torch, request.dtype) if request.dtype else None

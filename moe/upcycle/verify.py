@@ -113,6 +113,18 @@ def windows(folder: Path, text: Path | None, vocab_size: int) -> tuple[Tensor, s
     return tensor, name
 
 
+def require_other_text(calibrate: Path | None, text: Path | None) -> None:
+    """Raises UserError where a model would be verified on the text that it was fitted on."""
+    if calibrate is None or text is None:
+        return
+    there = calibrate.exists() and text.exists()
+    if calibrate.samefile(text) if there else calibrate == text:
+        raise UserError(
+            f"--calibrate and --text are both {text}: what was fitted on a text cannot be "
+            "verified on it. Give two."
+        )
+
+
 def default_text() -> tuple[str, str]:
     """The reference documentation that every Python carries."""
     try:

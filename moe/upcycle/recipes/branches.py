@@ -79,9 +79,8 @@ class BAM:
         if block == "parallel" and config.block == "sequential" and not self.convert_block:
             problems.append(
                 "--block parallel: the sources are sequential, their MLPs read what attention "
-                "wrote. A parallel block computes something else (two thirds of the logits' norm, "
-                "in a small model), to be healed by training. To do it all the same, add "
-                "--convert-block."
+                "wrote. A parallel block computes something else, to be healed by training. To do "
+                "it all the same, and have the difference measured, add --convert-block."
             )
         raise_all(problems)
         return dataclasses.replace(self, block=block)
