@@ -67,18 +67,20 @@ def test_prefix_logits_do_not_change_when_tokens_follow(architecture, head_count
 
 
 @everything
+@heads
 @torch.no_grad()
-def test_rows_do_not_depend_on_their_batch(architecture):
-    model, ids = build(architecture), tokens(3, 16)
+def test_rows_do_not_depend_on_their_batch(architecture, head_counts):
+    model, ids = build(architecture, head_counts), tokens(3, 16)
     together = model(ids).logits
     for row in range(3):
         assert relative(model(ids[row : row + 1]).logits, together[row : row + 1]) < 1e-12
 
 
 @everything
+@heads
 @torch.no_grad()
-def test_padding_changes_no_logits_and_is_not_counted(architecture):
-    model, ids = build(architecture), tokens(1, 12)
+def test_padding_changes_no_logits_and_is_not_counted(architecture, head_counts):
+    model, ids = build(architecture, head_counts), tokens(1, 12)
     padded = torch.cat([torch.zeros(1, 5, dtype=torch.long), ids], dim=1)
     mask = (torch.arange(17) >= 5).long()[None]
     positions = (torch.arange(17) - 5).clamp(min=0)[None]
@@ -116,8 +118,9 @@ def test_other_families_decode_as_they_prefill(family):
 
 
 @everything
-def test_save_and_reload_are_equal(architecture, tmp_path):
-    model, ids = build(architecture, dtype=torch.float32), tokens(2, 12)
+@heads
+def test_save_and_reload_are_equal(architecture, head_counts, tmp_path):
+    model, ids = build(architecture, head_counts, torch.float32), tokens(2, 12)
     for name, buffer in model.named_buffers():
         if name.endswith("selection_bias"):
             buffer.normal_()
@@ -133,8 +136,9 @@ def test_save_and_reload_are_equal(architecture, tmp_path):
 
 
 @everything
-def test_checkpointed_gradients_and_loads_are_the_same(architecture):
-    model, ids = build(architecture).train(), tokens(2, 16)
+@heads
+def test_checkpointed_gradients_and_loads_are_the_same(architecture, head_counts):
+    model, ids = build(architecture, head_counts).train(), tokens(2, 16)
 
     def backward():
         model.zero_grad()
@@ -154,13 +158,14 @@ def test_checkpointed_gradients_and_loads_are_the_same(architecture):
 
 
 @everything
-def test_router_gradient_equals_finite_differences(architecture, monkeypatch):
+@heads
+def test_router_gradient_equals_finite_differences(architecture, head_counts, monkeypatch):
     """Selections frozen; a straight-through mask is replaced by its surrogate, mask + p - p0."""
     attention, _ = ARCHITECTURES[architecture]
     if isinstance(attention, dict) and attention.get("straight_through") == "selected":
         pytest.skip("a partly detached surrogate has no finite difference")
-    layer = build(architecture).model.layers[0]
-    x = torch.randn(1, 10, 72, dtype=torch.float64)
+    layer = build(architecture, head_counts).model.layers[0]
+    x = torch.randn(1, 10, layer.self_attn.q_proj.in_features, dtype=torch.float64)
     weight = torch.randn_like(x)
     angle = torch.rand(1, 10, 8, dtype=torch.float64)
     frozen: dict[torch.Size, tuple[torch.Tensor, torch.Tensor]] = {}
@@ -202,8 +207,9 @@ def test_router_gradient_equals_finite_differences(architecture, monkeypatch):
 
 
 @everything
-def test_every_router_gets_a_gradient_from_the_language_loss(architecture):
-    model, ids = build(architecture).eval(), tokens(2, 16)
+@heads
+def test_every_router_gets_a_gradient_from_the_language_loss(architecture, head_counts):
+    model, ids = build(architecture, head_counts).eval(), tokens(2, 16)
     model(ids, labels=ids).loss.backward()  # eval mode: no router loss in it
     for name, parameter in model.named_parameters():
         if ".router." in name:
@@ -211,15 +217,17 @@ def test_every_router_gets_a_gradient_from_the_language_loss(architecture):
 
 
 @pytest.mark.parametrize("family", ["llama", "mistral", "qwen2", "qwen3"])
+@heads
 @torch.no_grad()
-def test_dense_and_all_heads_on_are_bitwise_the_source(family):
-    dense, ids = dense_model(family), tokens(2, 24)
+def test_dense_and_all_heads_on_are_bitwise_the_source(family, head_counts):
+    dense, ids = dense_model(family, **HEADS[head_counts]), tokens(2, 24)
     expected = dense(ids).logits
-    every = 9 - len(MOH["shared_heads"])
+    every = dense.config.num_attention_heads - len(MOH["shared_heads"])
+    groups = dense.config.num_key_value_heads
     for attention in (
         None,
         {**MOH, "top_k": every},
-        {"kind": "moh", "top_k": 3, "granularity": "kv_group"},
+        {"kind": "moh", "top_k": groups, "granularity": "kv_group"},
     ):
         assert torch.equal(routed_model(dense, attention)(ids).logits, expected)
     zero = routed_model(dense, {**TWO_STAGE, "top_k": every})
@@ -257,20 +265,22 @@ def test_raw_weights_do_not_preserve_the_source():
 
 
 @pytest.mark.parametrize("attention", [MOH, TWO_STAGE], ids=["qnorm", "two_stage"])
+@heads
 @torch.no_grad()
-def test_heads_that_are_off_change_the_output_within_the_bound(attention):
+def test_heads_that_are_off_change_the_output_within_the_bound(attention, head_counts):
     """‖Δ_t‖ ≤ Σ_i |1 - g_ti| · ‖W_O^i‖₂ · max_{j≤t} ‖v_j‖: each head output is a convex mix."""
-    dense = dense_model().double()
+    dense = dense_model(**HEADS[head_counts]).double()
+    count, groups = dense.config.num_attention_heads, dense.config.num_key_value_heads
     model = routed_model(dense, attention)
     x = torch.randn(1, 20, 72, dtype=torch.float64)
     embeddings = model.model.rotary_emb(x, torch.arange(20)[None])
     routed, reference = model.model.layers[0].self_attn, dense.model.layers[0].self_attn
     delta = routed(x, embeddings)[0][0] - reference(x, embeddings)[0][0]
-    gate, _ = routed.router(x[0], routed.q_proj(x)[0].view(20, 9, 8), None, None)
-    values = routed.v_proj(x)[0].view(20, 3, 8).norm(dim=-1).cummax(0).values
-    columns = routed.o_proj.weight.view(72, 9, 8).permute(1, 0, 2)
+    gate, _ = routed.router(x[0], routed.q_proj(x)[0].view(20, count, 8), None, None)
+    values = routed.v_proj(x)[0].view(20, groups, 8).norm(dim=-1).cummax(0).values
+    columns = routed.o_proj.weight.view(72, count, 8).permute(1, 0, 2)
     size = torch.linalg.matrix_norm(columns, ord=2)
-    bound = ((1 - gate).abs() * size * values.repeat_interleave(3, dim=1)).sum(-1)
+    bound = ((1 - gate).abs() * size * values.repeat_interleave(count // groups, dim=1)).sum(-1)
     assert (delta.norm(dim=-1) <= bound + 1e-12).all()
     assert delta.norm() > 0.01 * bound.norm()  # and the bound is not vacuous
 
