@@ -5,7 +5,8 @@
 #
 # DIR of --text has a folder per domain, each with train/ (.py, .rst, .txt or .md files) and held-out/
 # (.txt or .py files). The domain that --general names (general) is the seed's own kind of text: a
-# tenth of every branch's tokens, and no branch of its own. Overrides go to every training, of branches and mixtures: train.steps=200 optimizer.lr=5e-5
+# tenth of every branch's tokens, and no branch of its own. Overrides go to every training, of
+# branches and mixtures: train.steps=200 optimizer.lr=5e-5
 #
 # Makes OUT/branch-DOMAIN, OUT/btx, OUT/bam, OUT/bam-shared and OUT/evaluation: perplexity per domain
 # for the seed, each branch and the mixtures. What is there already is not done again.
@@ -15,7 +16,7 @@ BIN=${BIN:-$ROOT/.venv/bin}
 SEED='' TEXT='' OUT='' GENERAL=general RANKS=1 OVERRIDES=()
 
 usage() {
-    sed -n 's/^# \{0,1\}//p' "$0" | sed -n 2,13p
+    sed -n 's/^# \{0,1\}//p' "$0" | sed -n 2,12p
     exit 2
 }
 

@@ -1,6 +1,9 @@
 """Data of the local tasks, read from the folder that `--data` names; nothing comes from a hub."""
 
 import json
+import math
+import sys
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -83,3 +86,12 @@ def perplexities(doc: dict[str, Any], results: Any) -> dict[str, tuple[float, in
         "byte_perplexity": (likelihood, size),
         "bits_per_byte": (likelihood, size),
     }
+
+
+def perplexity(items: Sequence[tuple[float, int]]) -> float:
+    """exp of the mean loss, or the largest float where a text without spaces is too unlikely."""
+    likelihoods, sizes = zip(*items, strict=True)
+    try:
+        return math.exp(-sum(likelihoods) / sum(sizes))
+    except OverflowError:
+        return sys.float_info.max

@@ -64,7 +64,8 @@ class UoE:
         if not problems and self.attention_experts is not None:
             heads, groups = config.num_attention_heads, config.num_key_value_heads
             assert groups is not None
-            problems += recipe.attention_spec().problems(heads, groups)
+            found = recipe.attention_spec().problems(heads, groups)
+            problems += [_by_option(text) for text in found]
         if self.mlp_experts is not None:
             width = config.intermediate_size
             args = width, self.shared_neurons, self.mlp_experts, "--mlp-experts"
@@ -164,6 +165,12 @@ class UoE:
             "perplexity means nothing"
             + (", and it does not generate." if self.mode == "expert_choice" else "."),
         )
+
+
+def _by_option(text: str) -> str:
+    """A specification's problem, by the name of the option that gave the value."""
+    renamed = text.replace("attention.num_experts=", "--attention-experts ")
+    return renamed.replace("attention.sink_tokens=", "--sink-tokens ")
 
 
 def _half(experts: int | None, top_k: int | None) -> int | None:
