@@ -8,15 +8,16 @@
 # tenth of every branch's tokens, and no branch of its own. Overrides go to every training, of
 # branches and mixtures: train.steps=200 optimizer.lr=5e-5
 #
-# Makes OUT/branch-DOMAIN, OUT/btx, OUT/bam, OUT/bam-shared and OUT/evaluation: perplexity per domain
-# for the seed, each branch and the mixtures. What is there already is not done again.
+# Makes OUT/branch-DOMAIN, OUT/btx, OUT/bam and OUT/bam-shared, all mixtures trained on the same
+# tokens, the last two with btx's compute too (OUT/bam-same-compute, OUT/bam-shared-same-compute), and
+# OUT/evaluation: perplexity per domain for all of them. What is there already is not done again.
 set -euo pipefail
 ROOT=$(cd "$(dirname "$0")/.." && pwd)
 BIN=${BIN:-$ROOT/.venv/bin}
 SEED='' TEXT='' OUT='' GENERAL=general RANKS=1 OVERRIDES=()
 
 usage() {
-    sed -n 's/^# \{0,1\}//p' "$0" | sed -n 2,12p
+    sed -n 's/^# \{0,1\}//p' "$0" | sed -n 2,13p
     exit 2
 }
 
@@ -63,7 +64,7 @@ step() {
     "$@"
 }
 
-# tune NAME CONFIG MODEL DATA: train MODEL, and its last checkpoint becomes OUT/NAME
+# tune NAME CONFIG MODEL DATA [OVERRIDE]: train MODEL, and its last checkpoint becomes OUT/NAME
 tune() {
     local name=$1 config=$2 model=$3 data=$4 last
     if [ -e "$OUT/$name" ]; then
@@ -71,7 +72,7 @@ tune() {
         return
     fi
     local arguments=("$ROOT/configs/bam/$config.yaml" "model=$model" "out=$OUT/runs/$name"
-        "data.train=$data" ${OVERRIDES[@]+"${OVERRIDES[@]}"})
+        "data.train=$data" ${OVERRIDES[@]+"${OVERRIDES[@]}"} "${@:5}")
     if [ "$RANKS" -gt 1 ]; then
         step "$OUT/$name" "$BIN/torchrun" --standalone --nproc-per-node "$RANKS" \
             -m moe.train "${arguments[@]}"
@@ -80,6 +81,11 @@ tune() {
     fi
     last=$(find "$OUT/runs/$name/checkpoints" -name 'step-*' ! -name '*.partial' | sort -V | tail -n 1)
     step "$OUT/$name" "$BIN/moe" export "$last" --to hf --out "$OUT/$name"
+}
+
+# flops MODEL: floating-point operations of training it on one token
+flops() {
+    "$BIN/moe" inspect "$1" --json | grep -o '"flops_per_token": [0-9]*' | grep -o '[0-9]*$'
 }
 
 mkdir -p "$OUT/data" "$OUT/held-out/text"
@@ -112,14 +118,22 @@ for mixture in btx bam bam-shared; do
     tune "$mixture" mix "$OUT/$mixture-0" "[$all]"
 done
 
+say "the same compute as btx, fewer tokens"
+steps=$(grep -o '^  steps: [0-9]*' "$OUT/runs/btx/config.yaml" | grep -o '[0-9]*$')
+for mixture in bam bam-shared; do
+    fewer=$((steps * $(flops "$OUT/btx-0") / $(flops "$OUT/$mixture-0")))
+    tune "$mixture-same-compute" mix "$OUT/$mixture-0" "[$all]" "train.steps=$fewer" \
+        "checkpoint.every=$fewer"
+done
+
 say "perplexity of each domain"
 baselines=()
-for name in bam-shared btx "${DOMAINS[@]/#/branch-}"; do
+for name in bam-shared bam-same-compute bam-shared-same-compute btx "${DOMAINS[@]/#/branch-}"; do
     baselines+=(--baseline "$OUT/$name")
 done
 [ ! -e "$OUT/evaluation" ] || cat "$OUT/evaluation/results.md"
 step "$OUT/evaluation" "$BIN/moe" eval "$OUT/bam" "${baselines[@]}" --baseline "$SEED" \
     --tasks local_perplexity --data "$OUT/held-out" --out "$OUT/evaluation"
-for name in "$SEED" "$OUT/btx" "$OUT/bam" "$OUT/bam-shared"; do
+for name in "$SEED" "${DOMAINS[@]/#/$OUT/branch-}" "$OUT/btx" "$OUT/bam" "$OUT/bam-shared"; do
     "$BIN/moe" inspect "$name" | sed -n 1,2p
 done

@@ -10,6 +10,9 @@ from pathlib import Path
 import pytest
 import tiny
 
+from moe.config import load as load_config
+from moe.hf.inspect import inspect
+
 ROOT = Path(__file__).resolve().parents[1]
 TOY = ["train.steps=30", "train.global_batch_size=8", "train.dtype=float32", "optimizer.lr=1e-2",
        "data.sequence_length=32", "schedule.warmup_steps=2", "checkpoint.every=30"]  # fmt: skip
@@ -53,13 +56,24 @@ def test_branches_know_their_domain_and_mixtures_know_all(done):
         if "bits" in row["metric"]
     }
     assert set(found) >= set(LETTERS)
-    order = "bam", "bam-shared", "btx", "branch-digits", "branch-vowels", "seed"
+    cheap = "bam-same-compute", "bam-shared-same-compute"
+    order = "bam", "bam-shared", *cheap, "btx", "branch-digits", "branch-vowels", "seed"
     bits = {d: dict(zip(order, found[d], strict=True)) for d in LETTERS}
     assert bits["digits"]["branch-digits"] < bits["digits"]["branch-vowels"]
     assert bits["vowels"]["branch-vowels"] < bits["vowels"]["branch-digits"]
     for domain in LETTERS:
-        for mixture in ("bam", "bam-shared", "btx"):
+        for mixture in ("bam", "bam-shared", "btx", *cheap):
             assert bits[domain][mixture] < bits[domain]["seed"]
+
+
+@pytest.mark.slow
+def test_the_same_compute_is_fewer_steps(done):
+    out, process = done
+    flops = {n: inspect(out / n)["flops_per_token"] for n in ("btx", "bam", "bam-shared")}
+    for name in ("bam", "bam-shared"):
+        steps = load_config(out / f"runs/{name}-same-compute/config.yaml").train.steps
+        assert steps == 30 * flops["btx"] // flops[name] < 30
+        assert f"{flops[name] / 1e6:.0f} MFLOPs" in process.stdout
 
 
 @pytest.mark.slow

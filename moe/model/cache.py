@@ -31,10 +31,14 @@ def kept(cache: Cache, layer: int) -> dict[str, Tensor]:
 
             return both
 
-        rows = _select_rows
-        held.reorder_cache = along(held.reorder_cache, rows)
-        held.batch_select_indices = along(held.batch_select_indices, rows)
-        held.batch_repeat_interleave = along(held.batch_repeat_interleave, _repeat_rows)
+        hooks: dict[str, Callable[[Tensor, Any], Tensor]] = {
+            "reorder_cache": _select_rows,
+            "batch_select_indices": _select_rows,
+            "batch_repeat_interleave": _repeat_rows,
+        }
+        for name, on_rows in hooks.items():
+            if hasattr(held, name):  # a static layer cannot be cut
+                setattr(held, name, along(getattr(held, name), on_rows))
     return held.kept
 
 

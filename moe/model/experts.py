@@ -98,10 +98,9 @@ class RoutedMLP(nn.Module):
         """A union's output [T, H], each token visiting as many experts as chose it or it chose."""
         held = None if memory is None else memory.get("expert_set")
         choice = router(x_BSH, valid_T, reference_E, set_BE=held)
-        assert isinstance(router.spec, UoEMLP)
         if memory is not None and choice.set_BE is not None:
             memory["expert_set"] = choice.set_BE
-        weights_TE = router.spec.output_scale * choice.weights_TE
+        weights_TE = router.output_scale * choice.weights_TE
         if choice.indices_TK is not None:
             weights_TK = weights_TE.gather(1, choice.indices_TK)
             y_TH = self.dispatcher(self.experts, x_TH, choice.indices_TK, weights_TK)

@@ -79,15 +79,18 @@ class RoutedDecoderLayer(GradientCheckpointingLayer):
         x_BSH: Tensor,
         valid_T: Tensor | None = None,
         reference: LayerLoad | None = None,
+        places_BS: Tensor | None = None,
         **kwargs: Any,
     ) -> tuple[Tensor, LayerRouting]:
-        """Hidden states [B, S, H] and the layer's routing."""
+        """Hidden states [B, S, H] and the layer's routing; places count tokens but no padding."""
         attention_reference, mlp_reference = reference or LayerLoad(None, None)
+        union = {"places_BS": places_BS} if isinstance(self.self_attn, UnionAttention) else {}
         normed_BSH = self.input_layernorm(x_BSH)
         attended_BSH, _, attention_load = self.self_attn(
             normed_BSH,
             valid_T=valid_T,
             reference_R=attention_reference,
+            **union,
             **kwargs,
         )
         x_BSH = x_BSH + attended_BSH
@@ -172,12 +175,15 @@ class RoutedLlamaModel(RoutedLlamaPreTrainedModel):
         if use_cache and cache is None:
             cache = DynamicCache(config=self.config)
         length = inputs_embeds.shape[1]
+        places_BS = position_ids
         if position_ids is None:
             past = 0 if cache is None else cache.get_seq_length()
             position_ids = torch.arange(past, past + length, device=inputs_embeds.device)[None]
         valid_T = None
         if isinstance(attention_mask, Tensor) and attention_mask.ndim == 2:
             valid_T = attention_mask[:, -length:].reshape(-1).bool()
+            if places_BS is None:  # padding on the left is in the positions, as in any LLaMA
+                places_BS = (attention_mask.long().cumsum(-1) - 1)[:, -length:]
         masks = self._masks(inputs_embeds, attention_mask, cache, position_ids)
         x_BSH = inputs_embeds
         position_embeddings = self.rotary_emb(x_BSH, position_ids)
@@ -191,6 +197,7 @@ class RoutedLlamaModel(RoutedLlamaPreTrainedModel):
                 attention_mask=masks[self.config.layer_types[index]],
                 position_embeddings=position_embeddings,
                 position_ids=position_ids,
+                places_BS=position_ids if places_BS is None else places_BS,
                 use_cache=use_cache,
                 **{CACHE: cache},
                 **kwargs,

@@ -37,11 +37,24 @@ class UnionRouter(nn.Module):
         super().__init__()
         self.spec = spec
         self.mode = spec.mode if isinstance(spec, UoEMLP) else "token_choice"
-        self.top_k = spec.top_k  # training may come down to it from num_experts
+        self.use(spec.top_k)
         self.weight = nn.Parameter(torch.empty(spec.num_experts, hidden_size))
         biased = self.mode == "threshold"
         bias = torch.zeros(spec.num_experts, dtype=torch.float32) if biased else None
         self.register_buffer("selection_bias", bias)
+
+    def use(self, top_k: int) -> None:
+        """Choose so many experts: training may come down from all of them to the config's own.
+
+        All at once are the dense layer, whose scale is 1, so the output's scale comes along. Mode
+        `threshold` knows no number: its biases find their own way.
+        """
+        if self.mode == "threshold":
+            top_k = self.spec.top_k
+        experts, own = self.spec.num_experts, self.spec.top_k
+        self.top_k, self.output_scale = top_k, getattr(self.spec, "output_scale", 1.0)
+        if top_k > own:
+            self.output_scale = 1 + (self.output_scale - 1) * (experts - top_k) / (experts - own)
 
     def forward(
         self,

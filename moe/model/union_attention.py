@@ -44,14 +44,14 @@ class UnionAttention(RoutedAttention):
         valid_T: Tensor | None = None,
         reference_R: Tensor | None = None,
         cache: Cache | None = None,
-        position_ids: Tensor | None = None,
+        places_BS: Tensor | None = None,
         **kwargs: Any,
     ) -> tuple[Tensor, None, RoutingLoad]:
         """Output [B, S, H], no attention weights, and the experts' load."""
         cache = past_key_values if cache is None else cache
         batch, length, _ = x_BSH.shape
-        assert position_ids is not None
-        sinks_T = (position_ids < self.spec.sink_tokens).expand(batch, length).reshape(-1)
+        assert places_BS is not None
+        sinks_T = (places_BS < self.spec.sink_tokens).expand(batch, length).reshape(-1)
         choice = self.router(x_BSH, valid_T, reference_R, forced_T=sinks_T)
         mask_TE = choice.mask_TE if valid_T is None else choice.mask_TE & valid_T[:, None]
         mask_BSE = mask_TE.view(batch, length, -1)

@@ -179,7 +179,7 @@ class Run:
         settings, device = self.config.train, self.ranks.device
         for router in self.unions:
             experts, top_k = router.spec.num_experts, router.spec.top_k
-            router.top_k = annealed(experts, top_k, self.step, settings.anneal_steps)
+            router.use(annealed(experts, top_k, self.step, settings.anneal_steps))
         micro = [next(batches) for _ in range(batches.micro_batches_per_step)]
         micro = [{k: v.to(device, non_blocking=True) for k, v in b.items()} for b in micro]
         labelled = self.ranks.sum(torch.stack([b["loss_mask"].sum() for b in micro]).sum())
@@ -235,9 +235,14 @@ class Run:
 
     @torch.no_grad()
     def validate(self) -> float:
-        """Mean loss per token over the same validation sequences every time, on any ranks."""
+        """Mean loss per token over the same validation sequences every time, on any ranks.
+
+        Of the model as it would be saved: unions with their own number of experts, annealed or not.
+        """
         assert self.validation is not None
         self.engine.train(False)
+        for router in self.unions:
+            router.use(router.spec.top_k)
         size = self.config.train.micro_batch_size
         limit = self.config.eval.sequences
         place = {"rank": self.ranks.rank, "world_size": self.ranks.size}

@@ -196,6 +196,23 @@ class Mapped:
 
 
 @dataclass(frozen=True, slots=True)
+class Cast(Mapped):
+    """A tensor in another dtype."""
+
+    to: torch.dtype
+
+    @property
+    def dtype(self) -> torch.dtype:
+        return self.to
+
+    def rows(self, start: int, stop: int) -> Tensor:
+        return self.base.rows(start, stop).to(self.to)
+
+    def __str__(self) -> str:
+        return f"{self.base} as {str(self.to).removeprefix('torch.')}"
+
+
+@dataclass(frozen=True, slots=True)
 class Noise(Mapped):
     """A tensor plus normal noise of deviation `std`."""
 

@@ -83,7 +83,7 @@ def balanced_clusters(points: Tensor, count: int, key: str) -> list[list[int]]:
     """`count` groups of one size of near points [N, D], each group in ascending order.
 
     k-means whose assignment has room for N / count points a group; those that would lose most by
-    their second choice choose first.
+    their last choice choose first.
     """
     size = len(points) // count
     first = random.Random(key).sample(range(len(points)), count)

@@ -55,7 +55,7 @@ def attend(layer: RoutedAttention, cache: Any = None, steps: slice = slice(None)
     total = TOKENS if steps.stop is None else steps.stop
     causal = torch.full((total, total), -torch.inf, dtype=torch.float64).triu(1)[None, None]
     causal = causal[:, :, steps]
-    output, _, load = layer(x, embeddings, causal, position_ids=positions, cache=cache)
+    output, _, load = layer(x, embeddings, causal, places_BS=positions, cache=cache)
     return output[0], load
 
 

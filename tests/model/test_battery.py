@@ -1,11 +1,14 @@
 """The standing battery: what must hold for every routed architecture, in one parametrised file."""
 
+import itertools
+
 import pytest
 import torch
 from tiny import MOE, MOH, TWO_STAGE, copy_experts, dense_model, routed_model, tokens
 from transformers import AutoModelForCausalLM
 
 from moe.model.cache import CACHE
+from moe.model.union_attention import UnionAttention
 
 DENSE = {"kind": "dense"}
 SIGMOID = {**MOE, "score": "sigmoid", "selection_bias": True, "shared_intermediate_size": 16}
@@ -15,7 +18,7 @@ UNION = {"kind": "uoe", "num_experts": "groups", "top_k": 2}  # as many as there
 SLICES = {"kind": "uoe", "num_experts": 4, "top_k": 2}
 HEADS = {"9/3": {}, "8/8": {"num_attention_heads": 8, "num_key_value_heads": 8, "head_dim": 8}}
 
-ARCHITECTURES = {
+ARCHITECTURES: dict[str, tuple] = {
     "moh": (MOH, None),
     "moh-kv_group": (KV_GROUP, None),
     "moh-selected": ({**MOH, "straight_through": "selected", "differentiate_std": False}, None),
@@ -25,68 +28,108 @@ ARCHITECTURES = {
     "moe-raw": (None, {**MOE, "renormalise": False, "weight_scale": 1.5}),
     "moe-sigmoid-shared-bias": (None, SIGMOID),
     "moh+moe": (MOH, MOE),
-    "alternating": ([MOH, DENSE, TWO_STAGE], [MOE, SIGMOID, DENSE]),
+    "two_stage+moe+moh": ([MOH, DENSE, TWO_STAGE], [MOE, SIGMOID, DENSE]),
     "bam": (EXPERTS, None),
     "bam-shared": ({**EXPERTS, "kv": "shared"}, MOE),
-    "bam-alternating": ([EXPERTS, DENSE, {**EXPERTS, "kv": "shared"}], [DENSE, MOE, DENSE]),
+    "bam-parallel": (EXPERTS, MOE, {"block": "parallel"}),
+    "bam-both-kv": ([EXPERTS, DENSE, {**EXPERTS, "kv": "shared"}], [DENSE, MOE, DENSE]),
     "uoe-attention": (UNION, None),
     "uoe-attention-soft": ({**UNION, "weights": "soft", "sink_tokens": 3}, None),
     "uoe-mlp": (None, SLICES),
     "uoe-mlp-soft-shared": (None, {**SLICES, "weights": "soft", "shared_intermediate_size": 16}),
     "uoe-mlp-threshold": (None, {**SLICES, "mode": "threshold"}),
+    "uoe-mlp-sequence": (None, {**SLICES, "mode": "sequence"}),
+    "uoe-mlp-expert_choice": (None, {**SLICES, "mode": "expert_choice"}),
     "uoe": (UNION, SLICES),
-    "uoe-alternating": ([UNION, DENSE, MOH], [DENSE, SLICES, MOE]),
+    "uoe+moh+moe": ([UNION, DENSE, MOH], [DENSE, SLICES, MOE]),
 }
-everything = pytest.mark.parametrize("architecture", ARCHITECTURES)
+LOOKS_AHEAD = ("uoe-mlp-sequence", "uoe-mlp-expert_choice")
+
+
+def grid(names):
+    """Architecture × one kind in all layers or two alternating × head counts."""
+    cases = []
+    for name in names:
+        layouts = ["alike", "alternating"]
+        if any(isinstance(part, list) for part in ARCHITECTURES[name]):
+            layouts = ["listed"]
+        for layout, counts in itertools.product(layouts, HEADS):
+            marks = [pytest.mark.slow] if layout == "alternating" else []
+            cases.append(pytest.param((name, layout, counts), id=f"{name}-{layout}-{counts}",
+                                      marks=marks))  # fmt: skip
+    return pytest.mark.parametrize("case", cases)
+
+
+everything = grid(ARCHITECTURES)
+# a partly detached surrogate has no finite difference
+smooth = grid(name for name in ARCHITECTURES if name != "moh-selected")
+causal = grid(name for name in ARCHITECTURES if name not in LOOKS_AHEAD)
 heads = pytest.mark.parametrize("head_counts", HEADS)
 
 
-def build(architecture: str, head_counts: str = "9/3", dtype=torch.float64, family="llama"):
-    attention, mlp = ARCHITECTURES[architecture]
+def build(case, dtype=torch.float64, family="llama"):
+    architecture, layout, head_counts = case
+    attention, mlp, *overrides = ARCHITECTURES[architecture]
+    if layout == "alternating":  # where both are routed, each layer has one of them
+        first, second = [attention, DENSE, attention], [mlp, DENSE, mlp]
+        attention = first if attention else None
+        mlp = (second if attention is None else [DENSE, mlp, DENSE]) if mlp else None
     dense = dense_model(family, **HEADS[head_counts]).to(dtype)
     groups = dense.config.num_key_value_heads
-    specs = attention if isinstance(attention, list) else [attention]
-    counted = [
-        {**s, "num_experts": groups} if s and s.get("num_experts") == "groups" else s for s in specs
-    ]
-    return routed_model(dense, counted if isinstance(attention, list) else counted[0], mlp)
+
+    def counted(spec):
+        union = spec and spec.get("num_experts") == "groups"
+        return {**spec, "num_experts": groups} if union else spec
+
+    if isinstance(attention, list):
+        attention = [counted(spec) for spec in attention]
+    return routed_model(dense, counted(attention) if isinstance(attention, dict) else attention,
+                        mlp, **(overrides[0] if overrides else {}))  # fmt: skip
 
 
 def relative(actual: torch.Tensor, expected: torch.Tensor) -> float:
     return ((actual - expected).norm() / expected.norm()).item()
 
 
-@everything
-@heads
+@causal
 @torch.no_grad()
-def test_prefix_logits_do_not_change_when_tokens_follow(architecture, head_counts):
-    model, ids = build(architecture, head_counts), tokens(2, 24)
+def test_prefix_logits_do_not_change_when_tokens_follow(case):
+    model, ids = build(case), tokens(2, 24)
     whole = model(ids).logits
     for length in (1, 7, 23):
         assert relative(model(ids[:, :length]).logits, whole[:, :length]) < 1e-12
 
 
-@everything
-@heads
+@pytest.mark.parametrize("name", LOOKS_AHEAD)
 @torch.no_grad()
-def test_rows_do_not_depend_on_their_batch(architecture, head_counts):
-    model, ids = build(architecture, head_counts), tokens(3, 16)
+def test_modes_that_look_ahead_do_change_a_prefix(name):
+    """Negative control, and the reason why these modes have no perplexity."""
+    model, ids = build((name, "alike", "9/3")), tokens(2, 24)
+    changed = relative(model(ids[:, :7]).logits, model(ids).logits[:, :7])
+    assert changed > 1e-3 and not model.config.causal
+
+
+@everything
+@torch.no_grad()
+def test_rows_do_not_depend_on_their_batch(case):
+    model, ids = build(case), tokens(3, 16)
     together = model(ids).logits
     for row in range(3):
         assert relative(model(ids[row : row + 1]).logits, together[row : row + 1]) < 1e-12
 
 
 @everything
-@heads
 @torch.no_grad()
-def test_padding_changes_no_logits_and_is_not_counted(architecture, head_counts):
-    model, ids = build(architecture, head_counts), tokens(1, 12)
+def test_padding_changes_no_logits_and_is_not_counted(case):
+    model, ids = build(case), tokens(1, 12)
     padded = torch.cat([torch.zeros(1, 5, dtype=torch.long), ids], dim=1)
     mask = (torch.arange(17) >= 5).long()[None]
     positions = (torch.arange(17) - 5).clamp(min=0)[None]
     alone = model(ids)
     output = model(padded, attention_mask=mask, position_ids=positions)
     assert relative(output.logits[:, 5:], alone.logits) < 1e-12
+    unplaced = model(padded, attention_mask=mask)  # all positions five further on
+    assert relative(unplaced.logits[:, 5:], alone.logits) < 1e-5  # rope is in float32
     for left, right in zip(output.routing, alone.routing, strict=True):
         for a, b in zip(left, right, strict=True):
             if a is not None:
@@ -94,11 +137,10 @@ def test_padding_changes_no_logits_and_is_not_counted(architecture, head_counts)
                     torch.testing.assert_close(mine, theirs, msg=lambda m, n=name: f"{n}: {m}")
 
 
-@everything
-@heads
+@causal
 @torch.no_grad()
-def test_cached_decoding_equals_prefill(architecture, head_counts):
-    model, ids = build(architecture, head_counts), tokens(2, 20)
+def test_cached_decoding_equals_prefill(case):
+    model, ids = build(case), tokens(2, 20)
     whole = model(ids).logits
     step = model(ids[:, :9], use_cache=True)
     pieces, cache = [step.logits], step[CACHE]
@@ -111,16 +153,15 @@ def test_cached_decoding_equals_prefill(architecture, head_counts):
 @pytest.mark.parametrize("family", ["mistral", "qwen2", "qwen3"])
 @torch.no_grad()
 def test_other_families_decode_as_they_prefill(family):
-    model, ids = build("alternating", family=family), tokens(2, 20)
+    model, ids = build(("two_stage+moe+moh", "listed", "9/3"), family=family), tokens(2, 20)
     generated = model.generate(ids, max_new_tokens=10, do_sample=False, pad_token_id=0)
     logits = model(generated).logits
     assert torch.equal(logits[:, 19:-1].argmax(-1), generated[:, 20:])
 
 
 @everything
-@heads
-def test_save_and_reload_are_equal(architecture, head_counts, tmp_path):
-    model, ids = build(architecture, head_counts, torch.float32), tokens(2, 12)
+def test_save_and_reload_are_equal(case, tmp_path):
+    model, ids = build(case, torch.float32), tokens(2, 12)
     for name, buffer in model.named_buffers():
         if name.endswith("selection_bias"):
             buffer.normal_()
@@ -136,9 +177,8 @@ def test_save_and_reload_are_equal(architecture, head_counts, tmp_path):
 
 
 @everything
-@heads
-def test_checkpointed_gradients_and_loads_are_the_same(architecture, head_counts):
-    model, ids = build(architecture, head_counts).train(), tokens(2, 16)
+def test_checkpointed_gradients_and_loads_are_the_same(case):
+    model, ids = build(case).train(), tokens(2, 16)
 
     def backward():
         model.zero_grad()
@@ -157,14 +197,10 @@ def test_checkpointed_gradients_and_loads_are_the_same(architecture, head_counts
             assert a is None or torch.equal(a.counts, b.counts)
 
 
-@everything
-@heads
-def test_router_gradient_equals_finite_differences(architecture, head_counts, monkeypatch):
+@smooth
+def test_router_gradient_equals_finite_differences(case, monkeypatch):
     """Selections frozen; a straight-through mask is replaced by its surrogate, mask + p - p0."""
-    attention, _ = ARCHITECTURES[architecture]
-    if isinstance(attention, dict) and attention.get("straight_through") == "selected":
-        pytest.skip("a partly detached surrogate has no finite difference")
-    layer = build(architecture, head_counts).model.layers[0]
+    layer = build(case).model.layers[0]
     x = torch.randn(1, 10, layer.self_attn.q_proj.in_features, dtype=torch.float64)
     weight = torch.randn_like(x)
     angle = torch.rand(1, 10, 8, dtype=torch.float64)
@@ -180,7 +216,8 @@ def test_router_gradient_equals_finite_differences(architecture, head_counts, mo
         """Of attention and MLP without the norms, which transformers computes in float32."""
         places = torch.arange(10)[None]
         rotation = angle.cos(), angle.sin()
-        attended, _, heads_load = layer.self_attn(x, rotation, position_ids=places)
+        union = {"places_BS": places} if isinstance(layer.self_attn, UnionAttention) else {}
+        attended, _, heads_load = layer.self_attn(x, rotation, **union)
         routed = hasattr(layer.mlp, "experts")
         y, experts_load = layer.mlp(x, None, None) if routed else (layer.mlp(x), None)
         total = (weight * (attended + y)).sum()
@@ -207,9 +244,8 @@ def test_router_gradient_equals_finite_differences(architecture, head_counts, mo
 
 
 @everything
-@heads
-def test_every_router_gets_a_gradient_from_the_language_loss(architecture, head_counts):
-    model, ids = build(architecture, head_counts).eval(), tokens(2, 16)
+def test_every_router_gets_a_gradient_from_the_language_loss(case):
+    model, ids = build(case).eval(), tokens(2, 16)
     model(ids, labels=ids).loss.backward()  # eval mode: no router loss in it
     for name, parameter in model.named_parameters():
         if ".router." in name:
@@ -285,9 +321,55 @@ def test_heads_that_are_off_change_the_output_within_the_bound(attention, head_c
     assert delta.norm() > 0.01 * bound.norm()  # and the bound is not vacuous
 
 
+@heads
+@torch.no_grad()
+def test_attention_experts_that_are_off_change_the_output_within_the_bound(head_counts):
+    """A head that is off is missed as above. One that is on sees its expert's tokens alone: with m
+    of the dense attention on them, o = m · kept + (1 - m) · dropped, so kept is at most
+    2 (1 - m) max ‖v‖ away.
+    """
+    dense = dense_model(**HEADS[head_counts]).double()
+    dense.set_attn_implementation("eager")
+    groups = dense.config.num_key_value_heads
+    model = routed_model(dense, {**UNION, "num_experts": groups, "sink_tokens": 1})
+    x, places = torch.randn(1, 20, 72, dtype=torch.float64), torch.arange(20)[None]
+    embeddings = model.model.rotary_emb(x, places)
+    routed, reference = model.model.layers[0].self_attn, dense.model.layers[0].self_attn
+    causal = torch.full((20, 20), -torch.inf, dtype=torch.float64).triu(1)[None, None]
+    expected, mass_1NSS = reference(x, embeddings, causal)
+    delta = (routed(x, embeddings, places_BS=places)[0] - expected)[0]
+    per_group = dense.config.num_attention_heads // groups
+    on_SN = routed.router(x, None, None, forced_T=places[0] < 1).mask_TE
+    on_SN = on_SN.repeat_interleave(per_group, 1)
+    kept_SN = torch.einsum("nqk,kn->qn", mass_1NSS[0].double(), on_SN.double())
+    values = routed.v_proj(x)[0].view(20, groups, 8).norm(dim=-1).cummax(0).values
+    columns = routed.o_proj.weight.view(72, -1, 8).permute(1, 0, 2)
+    size = torch.linalg.matrix_norm(columns, ord=2) * values.repeat_interleave(per_group, dim=1)
+    bound = (torch.where(on_SN, 2 * (1 - kept_SN), 1.0) * size).sum(-1)
+    assert (delta.norm(dim=-1) <= bound + 1e-6).all()  # eager's softmax is in float32
+    assert delta.norm() > 0.01 * bound.norm()
+
+
+@torch.no_grad()
+def test_what_slices_are_off_is_what_is_missing():
+    """Exactly: the union's output and the slices that a token did not get are the dense MLP."""
+    dense = dense_model().double()
+    model, mlp = routed_model(dense, None, SLICES), dense.model.layers[0].mlp
+    union, x = model.model.layers[0].mlp, torch.randn(1, 20, 72, dtype=torch.float64)
+    gate, up = (w.weight.unflatten(0, (4, 16)) for w in (mlp.gate_proj, mlp.up_proj))
+    union.experts.gate_up_proj.copy_(torch.cat([gate, up], 1))
+    union.experts.down_proj.copy_(mlp.down_proj.weight.unflatten(1, (4, 16)).transpose(0, 1))
+    inner = torch.nn.functional.silu(mlp.gate_proj(x)) * mlp.up_proj(x)
+    off_TE = ~union.router(x, None, None).mask_TE
+    assert off_TE.sum() == 2 * 20
+    missing = (inner[0].view(20, 4, 16) * off_TE[..., None]).flatten(1) @ mlp.down_proj.weight.T
+    assert relative(union(x, None, None)[0][0] + missing, mlp(x)[0]) < 1e-12
+    assert missing.norm() > 0.1 * mlp(x).norm()
+
+
 @torch.no_grad()
 def test_permuting_heads_within_their_groups_changes_nothing():
-    model, ids = build("moh"), tokens(2, 16)
+    model, ids = build(("moh", "alike", "9/3")), tokens(2, 16)
     expected = model(ids).logits
     order = [2, 0, 1, 3, 5, 4, 7, 8, 6]  # new position of a head takes this old head
     attention = {**MOH, "shared_heads": sorted(order.index(h) for h in MOH["shared_heads"])}
@@ -303,7 +385,7 @@ def test_permuting_heads_within_their_groups_changes_nothing():
 
 @torch.no_grad()
 def test_eager_and_sdpa_agree():
-    model, ids = build("moh+moe"), tokens(2, 16)
+    model, ids = build(("moh+moe", "alike", "9/3")), tokens(2, 16)
     expected = model(ids).logits
     model.set_attn_implementation("eager")
     output = model(ids, output_attentions=True, output_hidden_states=True)

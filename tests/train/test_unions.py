@@ -1,10 +1,13 @@
 """Training BAM and a union of experts: any number of ranks, annealing, resuming."""
 
+import json
 from pathlib import Path
+from unittest import mock
 
 import pytest
 import toy_run
 from harness import run_ranks
+from tiny import dense_model, routed_model
 from torch import distributed
 
 from moe.errors import UserError
@@ -57,6 +60,38 @@ def test_the_number_of_experts_comes_down(unions, tmp_path, monkeypatch):
     assert seen == [4] * per_step + [3] * per_step + [2] * 2 * per_step
     assert [annealed(8, 2, s, 4) for s in range(6)] == [8, 6, 5, 4, 2, 2]
     assert annealed(8, 2, 0, 0) == 2
+
+
+def test_annealing_begins_with_the_dense_model(unions, tmp_path):
+    """All slices with weight 1: an output scale for some of them would be wrong for all."""
+    scaled = {**SLICES, "output_scale": 2.0}
+    router = routed_model(dense_model(), None, scaled).model.layers[0].mlp.router
+    assert router.output_scale == 2.0
+    scales = []
+    for top_k in (4, 3, 2):
+        router.use(top_k)
+        scales.append(router.output_scale)
+    assert scales == [1.0, 1.5, 2.0]
+    threshold = routed_model(dense_model(), None, {**scaled, "mode": "threshold"})
+    router = threshold.model.layers[0].mlp.router
+    router.use(4)
+    assert (router.top_k, router.output_scale) == (2, 2.0)
+
+
+def test_validation_is_of_the_model_that_is_saved(unions, tmp_path):
+    options = ("train.anneal_steps=4", "eval.every=2", "checkpoint.every=2", unions.validation)
+    toy_run.run(unions.config(tmp_path / "annealed", *options))
+    resume = f"train.resume={tmp_path / 'annealed'}/checkpoints/step-2"
+    config = unions.config(tmp_path / "plain", unions.validation, "train.anneal_steps=0", resume)
+    lines = (tmp_path / "annealed/metrics.jsonl").read_text().splitlines()
+    values = [m["validation_loss"] for m in map(json.loads, lines) if "validation_loss" in m]
+    with toy_run.opened(config) as (saved, _):
+        assert saved.step == 2
+        assert abs(saved.validate() - values[0]) < 1e-6
+        for router in saved.unions:  # negative control: what the next step would train
+            router.use(annealed(router.spec.num_experts, router.spec.top_k, 2, 4))
+        with mock.patch.object(UnionRouter, "use"):
+            assert abs(saved.validate() - values[0]) > 1e-5
 
 
 def test_a_resumed_run_ends_in_the_same_bits(unions, tmp_path):

@@ -151,6 +151,8 @@ def test_a_parallel_block_is_refused_and_then_measured(branches, moe_upcycle, tm
     same = sources(branches("llama")[:1] * 2)
     result = moe_upcycle("bam", *same, "--block", "parallel", "--out", tmp_path / "out")
     assert result.code == 2 and "--convert-block" in result.err
+    result = moe_upcycle("bam", *same, "--convert-block", "--out", tmp_path / "out")
+    assert result.code == 2 and "nothing is converted" in result.err
     options = ("--block", "parallel", "--convert-block")
     result = moe_upcycle("bam", *same, *options, "--out", tmp_path / "out")
     assert result.code == 0, result.err
@@ -211,13 +213,28 @@ def test_models_that_do_not_go_together_are_told_apart(branches, moe_upcycle, tm
     vocabulary["a"], vocabulary["b"] = vocabulary["b"], vocabulary["a"]
     (strange / "tokenizer.json").write_text(json.dumps(tokenizer))
     result = moe_upcycle("btx", *sources([first, strange]), *out)
-    assert result.code == 2 and "different tokenizers" in result.err
+    assert result.code == 2 and "the tokenizers differ" in result.err
+    first_id, second_id = vocabulary["b"], vocabulary["a"]
+    assert f"'a' is {first_id} in the one and {second_id} in the other" in result.err
     half = altered(second, tmp_path / "half")
     tensors = {n: t.half() for n, t in load_file(half / "model.safetensors").items()}
     save_file(tensors, half / "model.safetensors", {"format": "pt"})
     result = moe_upcycle("btx", *sources([first, half]), *out)
     assert result.code == 2 and "float16" in result.err and "--dtype" in result.err
     assert not list(tmp_path.glob("out*"))
+    for order in ([first, half], [half, first]):
+        for recipe in ("btx", "bam"):
+            target = tmp_path / f"{recipe}-{order[0].name}"
+            result = moe_upcycle(recipe, *sources(order), "--out", target, "--dtype", "float32",
+                                 "--no-verify")  # fmt: skip
+            assert result.code == 0, result.err
+            name = "model.layers.0.mlp.experts.down_proj"
+            made = load_file(target / "model.safetensors")[name]
+            for expert, folder in enumerate(order):
+                down = load_file(folder / "model.safetensors")[
+                    "model.layers.0.mlp.down_proj.weight"
+                ]
+                assert torch.equal(made[expert], down.float())
 
 
 def test_some_layers_only(branches, moe_upcycle, weights, tmp_path):

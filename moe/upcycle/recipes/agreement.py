@@ -37,11 +37,8 @@ def require_agreement(sources: Sequence[Source], dtype: torch.dtype | None) -> N
                 f"weights are {', '.join(_dtypes(first))} in {first.folder} and "
                 f"{', '.join(_dtypes(other))} in {other.folder}. Give --dtype."
             )
-        if not _same_tokenizer(first, other):
-            problems.append(
-                f"{first.folder} and {other.folder} have different tokenizers: their embeddings "
-                "cannot be averaged."
-            )
+        if differs := _tokenizer_difference(first, other):
+            problems.append(f"{differs}: their embeddings cannot be averaged.")
     if problems:
         raise UserError("\n".join(problems))
 
@@ -58,13 +55,24 @@ def _dtypes(source: Source) -> list[str]:
     return sorted({str(t.dtype).removeprefix("torch.") for t in source.tensors.values()})
 
 
-def _same_tokenizer(first: Source, other: Source) -> bool:
-    """Equal files, or else equal vocabularies; without a tokenizer there is nothing to compare."""
+def _tokenizer_difference(first: Source, other: Source) -> str:
+    """What tells two tokenizers apart: nothing where the files or the vocabularies are equal.
+
+    Without a tokenizer there is nothing to compare.
+    """
     files = [s.folder / "tokenizer.json" for s in (first, other)]
     if all(f.is_file() for f in files) and hash_file(files[0]) == hash_file(files[1]):
-        return True
+        return ""
     try:
-        left, right = (load_tokenizer(s.folder) for s in (first, other))
+        left, right = (load_tokenizer(s.folder).get_vocab() for s in (first, other))
     except Exception:  # transformers raises what it likes where there is none
-        return True
-    return left.get_vocab() == right.get_vocab()
+        return ""
+    if left == right:
+        return ""
+    names = (left.keys() | right.keys()) - {t for t in left if left[t] == right.get(t)}
+    token = min(names, key=lambda t: (left.get(t, len(left)), t))
+    ids = [f"{v[token]}" if token in v else "no token" for v in (left, right)]
+    return (
+        f"the tokenizers differ, {len(left)} tokens in {first.folder} and {len(right)} in "
+        f"{other.folder}: {token!r} is {ids[0]} in the one and {ids[1]} in the other"
+    )

@@ -76,11 +76,17 @@ class BAM:
             )
         if block == "sequential" and config.block == "parallel":
             problems.append("--block sequential: the sources are parallel, their blocks stay so.")
+            block = config.block
         if block == "parallel" and config.block == "sequential" and not self.convert_block:
             problems.append(
                 "--block parallel: the sources are sequential, their MLPs read what attention "
                 "wrote. A parallel block computes something else, to be healed by training. To do "
                 "it all the same, and have the difference measured, add --convert-block."
+            )
+        if self.convert_block and (block, config.block) != ("parallel", "sequential"):
+            problems.append(
+                f"--convert-block: nothing is converted, the sources are {config.block} and the "
+                f"result is to be {block}. Add --block parallel, or leave it out."
             )
         raise_all(problems)
         return dataclasses.replace(self, block=block)

@@ -6,6 +6,7 @@ A recipe is a frozen dataclass of options; it reads no weights. It may convert o
 a source may be a RoutedLlama whose other part is routed already.
 """
 
+import functools
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -17,7 +18,7 @@ import torch
 from moe.errors import Corrupt, UserError, problem, raise_all
 from moe.hf.families import routed_config
 from moe.model import RoutedLlamaConfig, RoutedLlamaForCausalLM
-from moe.upcycle.expression import Read
+from moe.upcycle.expression import Cast, Read
 from moe.upcycle.partition import Activations, require_text
 from moe.upcycle.recipes.agreement import require_agreement
 from moe.upcycle.recipes.seam import (
@@ -82,7 +83,7 @@ def convert(
     problems += problem(require_text, getattr(recipe, "reads_text", False), calibrate)
     raise_all(problems)
     config.dtype = dtype or config.dtype
-    plans = [unchanged(s) for s in sources]
+    plans = _in_one_dtype([unchanged(s) for s in sources])
     if config.tie_word_embeddings:
         for plan in plans:
             plan.pop("lm_head.weight", None)  # one tensor, stored once
@@ -139,6 +140,19 @@ def unchanged(source: Source) -> Plan:
     }
     _check_names(plan, config_of(source), source)
     return plan
+
+
+def _in_one_dtype(plans: list[Plan]) -> list[Plan]:
+    """Each tensor in the widest dtype that a source has it in, so that they can be joined."""
+    result: list[Plan] = [{} for _ in plans]
+    for name in plans[0]:
+        parts = [plan[name] for plan in plans if name in plan]
+        wide = functools.reduce(torch.promote_types, (part.dtype for part in parts))
+        for plan, new in zip(plans, result, strict=True):
+            if name in plan:
+                part = plan[name]
+                new[name] = part if part.dtype == wide else Cast(part, wide)
+    return result
 
 
 def config_of(source: Source) -> RoutedLlamaConfig:

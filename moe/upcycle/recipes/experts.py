@@ -140,7 +140,8 @@ class Granular:
         if self.top_k % self.granularity:
             problems.append(
                 f"--top-k {self.top_k} must be a multiple of --granularity {self.granularity}: "
-                "part of a copy is not the function."
+                f"part of a copy is not the function. Use one of "
+                f"{', '.join(str(k) for k in range(self.granularity, fine + 1, self.granularity))}."
             )
         raise_all(problems)
         return recipe
@@ -238,7 +239,10 @@ class Split:
     def inexact(self, config: RoutedLlamaConfig) -> str:
         if self.top_k == self.num_experts:
             return "every slice is on, weighed by a drawn router"
-        return f"{self.top_k} of {self.num_experts} slices of each MLP are on per token"
+        return (
+            f"{self.top_k} of {self.num_experts} slices of each MLP are on per token; what is left "
+            "out is to be made up for by training"
+        )
 
     def warnings(self) -> tuple[str, ...]:
         assert self.router_init is not None

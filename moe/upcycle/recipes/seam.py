@@ -89,5 +89,6 @@ def number(text: str, option: str, kinds: Sequence[str], forms: str) -> tuple[st
     except ValueError:
         value = float("nan")
     if kind not in kinds or not 0 <= value < float("inf"):
-        raise UserError(f"{option} {text!r} is not understood. Use {forms}.")
+        given = text.removeprefix("x:")
+        raise UserError(f"{option} {given!r} is not understood. Use {forms}.")
     return kind, value

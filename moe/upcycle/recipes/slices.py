@@ -19,6 +19,11 @@ from moe.upcycle.recipes.seam import (
     number,
 )
 
+PART_OF = {
+    "mlp_top_k": "mlp", "mode": "mlp", "output_scale": "mlp", "partition": "mlp",
+    "shared_neurons": "mlp", "attention_top_k": "attention", "sink_tokens": "attention",
+}  # fmt: skip
+
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class UoE:
@@ -44,7 +49,7 @@ class UoE:
         return tuple(part for part, experts in given.items() if experts is not None)
 
     def resolved(self, config: RoutedLlamaConfig, sources: int) -> Self:
-        problems = []
+        problems = self._options_of_other_parts()
         if not self.parts:
             problems.append("give --mlp-experts, --attention-experts, or both.")
         recipe = dataclasses.replace(
@@ -55,9 +60,8 @@ class UoE:
         for part, experts in (("mlp", self.mlp_experts), ("attention", self.attention_experts)):
             top_k = getattr(recipe, f"{part}_top_k")
             if experts is None:
-                if top_k is not None:
-                    problems.append(f"--{part}-top-k {top_k} needs --{part}-experts.")
-            elif not 1 <= experts <= MAX_EXPERTS:
+                continue
+            if not 1 <= experts <= MAX_EXPERTS:
                 problems.append(f"--{part}-experts {experts} must be between 1 and {MAX_EXPERTS}.")
             elif not 1 <= top_k <= experts:
                 problems.append(f"--{part}-top-k {top_k} must be between 1 and {experts}.")
@@ -72,6 +76,16 @@ class UoE:
             problems += slice_problems(*args) + problem(recipe.scale)
         raise_all(problems)
         return recipe
+
+    def _options_of_other_parts(self) -> list[str]:
+        """Options of a part that is not converted, which would say nothing."""
+        problems = []
+        for field in dataclasses.fields(self):
+            value, part = getattr(self, field.name), PART_OF.get(field.name)
+            if part and part not in self.parts and value != field.default:
+                option = field.name.replace("_", "-")
+                problems.append(f"--{option} {value} needs --{part}-experts.")
+        return problems
 
     def scale(self) -> float:
         """The MLP's output scale as a number."""
@@ -155,6 +169,8 @@ class UoE:
         text = f"a token gets {' and '.join(changed)}"
         if self.weights == "soft":
             text += ", weighed by a drawn router"
+        if self.attention_top_k != self.attention_experts or self.mlp_top_k != self.mlp_experts:
+            text += "; what is left out is to be made up for by training"
         return text
 
     def warnings(self) -> tuple[str, ...]:

@@ -1,0 +1,5 @@
+"""`python -m moe`: the `moe` command."""
+
+from moe.cli import main
+
+main()
