@@ -1,11 +1,26 @@
 """A union of experts against golden numbers of an independent numpy loop, and its identities."""
 
+import itertools
+
 import pytest
 import torch
-from golden import HIDDEN, TOKENS, attend, attention, close, config, inputs, weight
+from golden import (
+    GROUPS,
+    HEAD_DIM,
+    HEADS,
+    HIDDEN,
+    TOKENS,
+    attend,
+    attention,
+    close,
+    config,
+    inputs,
+    weight,
+)
 from transformers import DynamicCache
 
 from moe.model.experts import RoutedMLP
+from moe.model.llama import LlamaRotaryEmbedding
 from moe.model.spec import UoEMLP
 
 WIDTH, EXPERTS = 8, 4
@@ -98,6 +113,32 @@ def test_soft_weights_are_shares_of_k_and_the_scale_is_linear(scale):
     torch.testing.assert_close(layer(x, None, None)[0], scale * plain)
 
 
+def shares(probability: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
+    """Soft weights as specified: as many times its share as a token has experts, one by one."""
+    weights = torch.zeros_like(probability)
+    for token, row in enumerate(mask):
+        found = row.nonzero().flatten().tolist()
+        total = sum(probability[token, e] for e in found)
+        for expert in found:
+            weights[token, expert] = len(found) * probability[token, expert] / total
+    return weights
+
+
+def test_soft_weights_count_the_experts_a_token_has():
+    """Not the k of the specification: a threshold gives 1 to E of them, a sink is given all."""
+    layer, x = mlp(top_k=2, mode="threshold", weights="soft"), inputs()
+    layer.router.selection_bias += torch.tensor([0.2, 0.0, -0.2, 0.1])
+    choice = layer.router(x, None, None)
+    probability = torch.softmax(x[0] @ layer.router.weight.T, -1)
+    assert len(set(choice.mask_TE.sum(-1).tolist()) - {2}) > 1
+    torch.testing.assert_close(choice.weights_TE, shares(probability, choice.mask_TE))
+    forced = mlp(top_k=1, weights="soft").router(x, None, None, forced_T=torch.arange(TOKENS) < 2)
+    assert forced.mask_TE.sum(-1).tolist() == [4, 4, 1, 1, 1]
+    torch.testing.assert_close(forced.weights_TE, shares(probability, forced.mask_TE))
+    # negative control: what k of them would be
+    assert (forced.weights_TE.sum(-1) - 1).abs().max() > 2
+
+
 def test_a_threshold_takes_what_reaches_an_even_share_and_at_least_one():
     layer, x = mlp(top_k=2, mode="threshold"), inputs()
     probability = torch.softmax(x[0] @ layer.router.weight.T, -1)
@@ -133,6 +174,18 @@ def test_a_sequence_has_one_set_that_decoding_keeps():
     alone, _ = mlp(top_k=2, mode="sequence")(x[:, 3:4], None, None)
     kept, _ = layer(x[:, 3:4], None, None, memory)
     assert (kept - alone).norm() > 1e-3, "this token alone would have chosen the same"
+
+
+def test_padding_has_no_say_in_the_set_of_a_sequence():
+    layer, x = mlp(top_k=1, mode="sequence"), inputs()
+    valid = torch.tensor([False, False, True, True, True])
+    alone = layer.router(x[:, 2:], None, None).set_BE
+    towards = 50 * torch.linalg.pinv(layer.router.weight.detach()).T  # states of one expert each
+    for expert in range(EXPERTS):
+        noisy = torch.cat([towards[expert].expand(1, 2, -1), x[:, 2:]], 1)
+        assert torch.equal(layer.router(noisy, valid, None).set_BE, alone)
+        tipped = layer.router(noisy, None, None).set_BE  # negative control
+        assert tipped[0].nonzero().tolist() == [[expert]]
 
 
 SMHA_1 = [-0.022656, 0.898174, 0.042307, -0.010914, -0.107212, -0.594267, 0.024071, 0.051562]
@@ -183,16 +236,36 @@ def test_any_cut_of_the_prompt_gives_the_same(path, chunks, monkeypatch):
     torch.testing.assert_close(torch.cat(pieces), attend(layer)[0], atol=1e-14, rtol=0)
 
 
-def test_dropped_keys_split_the_dense_softmax(monkeypatch):
-    """H_dense = (1 - ρ) H_selected + ρ H_dropped, ρ the dense softmax's mass on what is dropped."""
-    generator = torch.Generator().manual_seed(0)
-    scores = torch.randn(TOKENS, generator=generator, dtype=torch.float64)
-    values = torch.randn(TOKENS, 3, generator=generator, dtype=torch.float64)
-    kept = torch.tensor([True, False, True, True, False])
-    a = scores.softmax(0)
-    selected = scores[kept].softmax(0) @ values[kept]
-    dropped = scores[~kept].softmax(0) @ values[~kept]
-    rho = a[~kept].sum()
-    torch.testing.assert_close(a @ values, (1 - rho) * selected + rho * dropped)
-    bound = 2 * rho * values.norm(dim=1).max()
-    assert (a @ values - selected).norm() <= bound
+@paths
+def test_dropped_keys_split_the_dense_softmax(path, monkeypatch):
+    """H_dense = (1 - ρ) H_selected + ρ H_dropped, ρ the dense softmax's mass on what is dropped.
+
+    All three by the model's own layer, head by head, at the last token: group 1 has dropped three
+    keys there, group 0 has dropped the token.
+    """
+    eager, x, last = attention(), inputs(), TOKENS - 1
+    causal = torch.full((TOKENS, TOKENS), -torch.inf, dtype=torch.float64).triu(1)[None, None]
+    positions = LlamaRotaryEmbedding(eager.config)(x, torch.arange(TOKENS)[None])
+    mass = eager(x, positions, causal)[1][0, :, last, 1:last].sum(-1)
+    unseen = torch.ones(1, 1, TOKENS, TOKENS, dtype=torch.bool).tril()
+    unseen[..., last, [0, last]] = False  # what group 1 selected
+    union, every = heads(path, monkeypatch), heads(path, monkeypatch, top_k=2)
+    for head in range(HEADS):
+        for layer, index in itertools.product((union, every), range(HEADS)):
+            columns = slice(index * HEAD_DIM, (index + 1) * HEAD_DIM)
+            whole = weight(3, HIDDEN, HEADS * HEAD_DIM)[:, columns]
+            layer.o_proj.weight.data[:, columns] = whole * (index == head)
+        dense, selected = attend(every)[0][last], attend(union)[0][last]
+        if head < HEADS // 2:
+            assert dense.norm() > 0.01 and selected.norm() == 0
+            continue
+        dropped = every(x, positions, unseen, position_ids=torch.arange(TOKENS)[None])[0][0, last]
+        rho = mass[head]
+        assert 0.05 < rho < 0.95
+        torch.testing.assert_close(dense, (1 - rho) * selected + rho * dropped, atol=1e-6, rtol=0)
+        column = weight(3, HIDDEN, HEADS * HEAD_DIM)[:, head * HEAD_DIM : (head + 1) * HEAD_DIM]
+        largest = eager.v_proj(x)[0].unflatten(-1, (GROUPS, HEAD_DIM))[:, 1].norm(dim=-1).max()
+        bound = 2 * rho * largest * torch.linalg.matrix_norm(column, 2)
+        assert (dense - selected).norm() <= bound
+        other = mass[head - 1]  # negative control
+        assert (dense - (1 - other) * selected - other * dropped).norm() > 1e-3

@@ -35,6 +35,28 @@ def test_all_padding_gives_zero_and_no_nan():
     assert load.tokens == 0 and load.balance == 0 and torch.isfinite(torch.stack(load[2:])).all()
 
 
+@pytest.mark.parametrize("mode", ["token_choice", "threshold", "expert_choice", "sequence"])
+@pytest.mark.parametrize("top_k", [1, 2])
+def test_the_balance_loss_of_a_union_is_1_when_balanced(mode, top_k):
+    """E / k · Σ P f, whatever k is: over the tokens' experts, counted one by one."""
+    slices = {"kind": "uoe", "num_experts": 4, "top_k": top_k, "mode": mode}
+    router = routed_model(dense_model(), None, slices).model.layers[0].mlp.router
+    x, valid = torch.randn(2, 16, 72), torch.ones(32, dtype=torch.bool)
+    valid[:5] = False
+    choice = router(x, valid, None)
+    scored = x
+    if mode == "sequence":
+        scored = torch.stack([x[0, 5:].mean(0), x[1].mean(0)])[:, None].expand(-1, 16, -1)
+    probability = torch.softmax(scored.flatten(0, 1) @ router.weight.T, -1)[5:].mean(0)
+    fraction = choice.mask_TE[5:].float().mean(0)
+    assert choice.load.counts.tolist() == choice.mask_TE[5:].sum(0).tolist()
+    torch.testing.assert_close(choice.load.balance, 4 / top_k * (probability @ fraction))
+    router.weight.data.zero_()  # even scores: a threshold takes all four, the others k of them
+    if mode != "expert_choice":
+        balanced = 4 / top_k if mode == "threshold" else 1.0
+        assert router(x, valid, None).load.balance.item() == pytest.approx(balanced)
+
+
 def router_gradients(model, batches, reference):
     model.zero_grad()
     total = sum(b.numel() for b in batches)

@@ -40,6 +40,22 @@ def sharded(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return path
 
 
+@pytest.fixture(scope="session")
+def branches(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], list[Path]]:
+    """`branches("llama")`: three folders of one family, their weights apart."""
+    root = tmp_path_factory.mktemp("branches")
+
+    def folders(family: str) -> list[Path]:
+        made = [root / f"{family}-{seed}" for seed in range(3)]
+        for seed, path in enumerate(made):
+            if not path.exists():
+                tiny.dense_model(family, seed=seed).save_pretrained(path)
+                tiny.tokenizer().save_pretrained(path)
+        return made
+
+    return folders
+
+
 @pytest.fixture
 def source(dense: Callable[[str], Path], tmp_path: Path) -> Path:
     """A private copy of the tiny Llama, to be damaged."""

@@ -15,24 +15,6 @@ from moe.upcycle.receipt import Receipt
 KV = pytest.mark.parametrize("kv", ["expert", "shared"])
 
 
-@pytest.fixture(scope="module")
-def branches(tmp_path_factory):
-    """`branches("llama")`: three folders of one family, their weights apart."""
-    root = tmp_path_factory.mktemp("branches")
-
-    def folders(family: str) -> list[Path]:
-        made = []
-        for seed in range(3):
-            path = root / f"{family}-{seed}"
-            if not path.exists():
-                tiny.dense_model(family, seed=seed).save_pretrained(path)
-                tiny.tokenizer().save_pretrained(path)
-            made.append(path)
-        return made
-
-    return folders
-
-
 def sources(folders: list[Path]) -> list[object]:
     return [word for folder in folders for word in ("--source", folder)]
 
@@ -116,28 +98,6 @@ def test_the_attention_is_the_gated_sum_of_the_branches(
     assert relative(own(x, embeddings)[0], expected) < 1e-6
     shuffled = sum(gate[..., [i]] * p(x, embeddings, None)[0] for i, p in enumerate(parts[::-1]))
     assert relative(own(x, embeddings)[0], shuffled) > 1e-4  # negative control
-
-
-@torch.no_grad()
-def test_btx_gives_a_branch_back_where_it_alone_is_chosen(branches, moe_upcycle, tmp_path):
-    """With that branch's attention, norms and embeddings, that is, which averaging took away."""
-    folders = branches("llama")
-    out = tmp_path / "out"
-    assert (
-        moe_upcycle("btx", *sources(folders), "--out", out, "--no-verify", "--top-k", "1").code == 0
-    )
-    model = AutoModelForCausalLM.from_pretrained(out)
-    branch = AutoModelForCausalLM.from_pretrained(folders[1])
-    for layer in model.model.layers:
-        layer.mlp.router.weight.zero_()
-        layer.mlp.experts.gate_up_proj.copy_(layer.mlp.experts.gate_up_proj[[1, 1, 1]])
-        layer.mlp.experts.down_proj.copy_(layer.mlp.experts.down_proj[[1, 1, 1]])
-    ids = tiny.tokens(2, 20)
-    expected = branch(ids).logits
-    assert relative(model(ids).logits, expected) > 0.01
-    own = model.state_dict()
-    model.load_state_dict({n: t for n, t in branch.state_dict().items() if n in own}, strict=False)
-    assert relative(model(ids).logits, expected) < 1e-5
 
 
 def test_each_sources_perplexity_is_measured(branches, moe_upcycle, tmp_path):
@@ -235,6 +195,27 @@ def test_models_that_do_not_go_together_are_told_apart(branches, moe_upcycle, tm
                     "model.layers.0.mlp.down_proj.weight"
                 ]
                 assert torch.equal(made[expert], down.float())
+
+
+@pytest.mark.parametrize(("field", "value"), [
+    ("vocab_size", 98), ("tie_word_embeddings", False), ("max_position_embeddings", 1024),
+    ("intermediate_size", 60), ("hidden_act", "gelu"),
+])  # fmt: skip
+def test_sources_agree_in_every_field_that_a_mixture_has_once(
+    field, value, branches, moe_upcycle, tmp_path
+):
+    """Named with both values; what has no say in a model may differ (negative control)."""
+    first, second, _ = branches("llama")
+    ours = json.loads((first / "config.json").read_text())[field]
+    assert ours != value
+    odd = altered(second, tmp_path / "odd", **{field: value})
+    fine = altered(second, tmp_path / "fine", eos_token_id=3, use_cache=False)
+    out = ("--out", tmp_path / "out", "--dry-run")
+    for recipe in ("btx", "bam"):
+        result = moe_upcycle(recipe, *sources([first, odd]), *out)
+        assert result.code == 2 and not (tmp_path / "out").exists()
+        assert f"{field} is {ours!r} in {first} and {value!r} in {odd}" in result.err
+        assert moe_upcycle(recipe, *sources([first, fine]), *out).code == 0
 
 
 def test_some_layers_only(branches, moe_upcycle, weights, tmp_path):
