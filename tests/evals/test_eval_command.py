@@ -3,7 +3,6 @@
 import json
 import math
 import shutil
-import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -166,17 +165,6 @@ def test_perplexity_and_accuracy_by_hand(toys, evaluate):
     assert math.isclose(words, math.exp(-total / len(TEXT.split())), rel_tol=1e-3)
     right = choices(toys("dense"))
     assert found[CAUSATIVE, "acc"] == [sum(right) / len(PAIRS)]
-
-
-def test_text_without_spaces_has_a_perplexity_too(toys, evaluate, tmp_path):
-    """One word of 3,000 letters is too unlikely for a float; its bytes are not."""
-    (tmp_path / "data/text").mkdir(parents=True)
-    (tmp_path / "data/text/long.txt").write_text("abc" * 1000)
-    data = tmp_path / "data"
-    found = values(evaluate(toys("dense"), "--tasks", "local_perplexity", data=data))
-    assert found["local_perplexity", "word_perplexity"] == [sys.float_info.max]
-    (size,) = found["local_perplexity", "byte_perplexity"]
-    assert 10 < size < 1e4
 
 
 def test_differences_and_their_errors_by_hand(toys, evaluate, tmp_path):

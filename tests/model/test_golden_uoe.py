@@ -259,7 +259,7 @@ def test_dropped_keys_split_the_dense_softmax(path, monkeypatch):
         if head < HEADS // 2:
             assert dense.norm() > 0.01 and selected.norm() == 0
             continue
-        dropped = every(x, positions, unseen, position_ids=torch.arange(TOKENS)[None])[0][0, last]
+        dropped = every(x, positions, unseen, places_BS=torch.arange(TOKENS)[None])[0][0, last]
         rho = mass[head]
         assert 0.05 < rho < 0.95
         torch.testing.assert_close(dense, (1 - rho) * selected + rho * dropped, atol=1e-6, rtol=0)
