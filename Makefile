@@ -9,7 +9,7 @@ export OMP_NUM_THREADS ?= $(shell nproc)
 export HF_HUB_DISABLE_TELEMETRY = 1
 export TOKENIZERS_PARALLELISM = false
 
-.PHONY: help setup demo check lint test test-full bench clean
+.PHONY: help setup demo check lint test test-full gpu bench clean
 
 help:
 	@sed -n 's/^# //p' Makefile; grep -oE '^[a-z-]+:' Makefile | tr -d ':' | paste -sd ' '
@@ -39,6 +39,11 @@ test: lint
 
 test-full: lint
 	OMP_NUM_THREADS=1 $(BIN)/pytest -n 2 -m "not gpu"
+
+# for a machine with a GPU, with the Python that it has: nothing is set up, nothing downloaded
+gpu:
+	$(PYTHON) bench/gpu.py $(if $(ONLY),--only $(ONLY)) $(if $(RESULTS),--results $(RESULTS)) \
+	    $(if $(PEERS),--peers $(PEERS))
 
 bench: setup
 	bench/run.sh

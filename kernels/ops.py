@@ -2,27 +2,44 @@
 
     y = routed_mlp(x, w1, w2, indices, weights)
 
-`MOE_KERNELS=naive|cpu|grouped_mm` forces a backend. `naive` is the specification of the others.
+`MOE_KERNELS=naive|cpu|grouped_mm|triton` forces a backend. `naive` is the specification of the
+others; `triton` is the default on a GPU, and runs on a CPU in Triton's interpreter.
 """
 
-import os
-from typing import Any
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
+from moe.kernels.backend import BACKENDS, forced, triton_runs
 from moe.kernels.heads import naive as heads_naive
 from moe.kernels.route import naive as route_naive
-from moe.kernels.routed_mlp import cpu, grouped_mm
+from moe.kernels.route import op as route_op
+from moe.kernels.route.naive import Plan
+from moe.kernels.routed_mlp import grouped_mm
 from moe.kernels.routed_mlp import naive as routed_mlp_naive
+from moe.kernels.routed_mlp import op as routed_mlp_op
 
-BACKENDS = ("naive", "cpu", "grouped_mm")
+__all__ = [
+    "BACKENDS",
+    "Plan",
+    "Routed",
+    "backend",
+    "gate_heads",
+    "route",
+    "routed_mlp",
+    "routes_at_once",
+    "select_top_k",
+    "sort_pairs",
+    "weigh",
+]
 
 # Above this many bytes of pairs (rows of x and h) one expert at a time beats grouped_mm on a CPU:
 # the working set has left the last-level cache, and every array of all pairs is fresh memory.
 # bench/routed_mlp.py measures both sides of it: fine_s (24 MB) and mix_s (32), fine_m (96).
 CACHE_BYTES = 48 * 2**20
 
+forced_backend = forced
 gate_heads = heads_naive.gate_heads
 weigh = route_naive.weigh
 
@@ -42,24 +59,79 @@ def _(scores: Tensor, k: int) -> Tensor:
     return scores.new_empty(*scores.shape[:-1], k, dtype=torch.int64)
 
 
-def forced_backend() -> str | None:
-    """What `MOE_KERNELS` asks for, None where it asks for nothing."""
-    forced = os.environ.get("MOE_KERNELS") or None
-    if forced and forced not in BACKENDS:
-        raise ValueError(f"MOE_KERNELS={forced!r} is unknown. Use one of {', '.join(BACKENDS)}.")
-    return forced
+class Routed(NamedTuple):
+    """What `route` decided and what it saw, over tokens that are no padding where it sums."""
+
+    weights_TK: Tensor
+    indices_TK: Tensor
+    plan: Plan
+    chosen_E: Tensor  # tokens that chose each expert
+    probability_E: Tensor  # differentiable, as square is
+    entropy: Tensor
+    square: Tensor  # of the logsumexp
+    tokens: Tensor
+
+
+def routes_at_once(logits_TE: Tensor) -> bool:
+    """Whether `route` runs for these logits: with Triton, which does all of it at once."""
+    return triton_runs(logits_TE.device, logits_TE.dtype)
+
+
+def route(
+    logits_TE: Tensor,
+    k: int,
+    score: str,
+    renormalise: bool,
+    scale: float = 1.0,
+    bias_E: Tensor | None = None,
+    valid_T: Tensor | None = None,
+) -> Routed:
+    """Choose k experts by their logits [T, E], weigh them, sort them and sum up what balances them.
+
+    Scores are softmax or sigmoid; the best logits are chosen, or with a `bias_E` the best scores
+    plus bias. Ties go to the lowest index. Raises ValueError where k or the shapes do not fit.
+    """
+    tokens, experts = logits_TE.shape
+    if not 1 <= k <= experts:
+        raise ValueError(f"top-k {k} of {experts} experts: use 1 to {experts}.")
+    for name, tensor, size in (("bias", bias_E, experts), ("valid", valid_T, tokens)):
+        if tensor is not None and tensor.shape != (size,):
+            raise ValueError(f"route's {name} is {tuple(tensor.shape)}, expected ({size},).")
+    logits_TE = logits_TE.contiguous()
+    weights, indices, sums, *plan = route_op.route(
+        logits_TE,
+        None if bias_E is None else bias_E.to(logits_TE).contiguous(),
+        None if valid_T is None else valid_T.contiguous(),
+        k,
+        score == "sigmoid",
+        renormalise,
+        scale,
+    )
+    chosen, probability, (entropy, square, count) = sums[0], sums[1], sums[2, :3].unbind()
+    return Routed(
+        weights, indices, Plan(*plan), chosen[:experts].detach(), probability[:experts],
+        entropy.detach(), square, count.detach(),
+    )  # fmt: skip
+
+
+def sort_pairs(indices_TK: Tensor, num_experts: int) -> Plan:
+    """Pairs of indices [T, K] sorted by expert, as the Triton kernels want them."""
+    return Plan(*route_op.plan(indices_TK.contiguous(), num_experts))
 
 
 def backend(x_TH: Tensor, w1_EDH: Tensor, w2_EHI: Tensor, k: int) -> str:
     """The backend that `routed_mlp` takes for these tensors."""
-    if forced := forced_backend():
-        if forced == "grouped_mm" and not grouped_mm.fits(w1_EDH, w2_EHI):
-            raise ValueError(
-                f"MOE_KERNELS=grouped_mm does not take {w1_EDH.dtype} experts of shape "
-                f"{tuple(w1_EDH.shape)}: float32, bfloat16 or float16 in sizes that are multiples "
-                f"of {grouped_mm.ALIGNMENT} bytes. Use cpu."
-            )
-        return forced
+    wanted = forced()
+    if wanted == "grouped_mm" and not grouped_mm.fits(w1_EDH, w2_EHI):
+        raise ValueError(
+            f"MOE_KERNELS=grouped_mm does not take {w1_EDH.dtype} experts of shape "
+            f"{tuple(w1_EDH.shape)}: float32, bfloat16 or float16 in sizes that are multiples "
+            f"of {grouped_mm.ALIGNMENT} bytes. Use cpu."
+        )
+    if triton_runs(x_TH.device, x_TH.dtype):
+        return "triton"
+    if wanted:
+        return wanted
     if not grouped_mm.fits(w1_EDH, w2_EHI):
         return "cpu"
     if x_TH.is_cuda:
@@ -68,20 +140,37 @@ def backend(x_TH: Tensor, w1_EDH: Tensor, w2_EHI: Tensor, k: int) -> str:
     return "cpu" if pair_bytes > CACHE_BYTES else "grouped_mm"
 
 
-def routed_mlp(x: Tensor, w1: Tensor, w2: Tensor, indices: Tensor, weights: Tensor) -> Tensor:
+def routed_mlp(
+    x: Tensor,
+    w1: Tensor,
+    w2: Tensor,
+    indices: Tensor,
+    weights: Tensor,
+    plan: Plan | None = None,
+    recompute_h: bool = False,
+) -> Tensor:
     """Σ_k weights[t, k] · SwiGLU expert indices[t, k] of x[t]: [T, H].
 
-    x [T, H]; w1 [E, 2I, H], gate rows before up rows; w2 [E, H, I]; indices [T, K] int64 in 0..E-1;
-    weights [T, K]. Under autocast x, w1 and w2 are cast as a matmul's would be. Differentiable in
-    x, w1, w2 and weights. Raises ValueError where shapes or dtypes do not agree.
+    x [T, H]; w1 [E, 2I, H], gate rows before up rows; w2 [E, H, I]; weights [T, K]; indices [T, K]
+    int64 in 0..E-1, or E for none. Under autocast x, w1 and w2 are cast as a matmul's would be.
+    Differentiable in x, w1, w2 and weights. `plan` is the indices' own, where the router made one.
+    `recompute_h` keeps x alone for the backward pass, at one more GEMM; Triton only. Raises
+    ValueError where shapes, dtypes or devices do not agree.
     """
     if torch.is_autocast_enabled(x.device.type):
         dtype = torch.get_autocast_dtype(x.device.type)
         x, w1, w2 = x.to(dtype), w1.to(dtype), w2.to(dtype)
     _check(x, w1, w2, indices, weights)
-    if backend(x, w1, w2, indices.shape[1]) == "naive":
+    path = backend(x, w1, w2, indices.shape[1])
+    if path == "naive":
+        route_naive.check_indices(indices, len(w1))
         return routed_mlp_naive.routed_mlp(x, w1, w2, indices, weights)
-    return _routed_mlp(x, w1, w2, indices, weights)[0]
+    if path == "triton":
+        made = sort_pairs(indices, len(w1)) if plan is None else plan
+        x, weights = x.contiguous(), weights.contiguous()
+        how = list(made), False, recompute_h
+        return routed_mlp_op.routed_mlp_triton(x, w1, w2, weights, *how)[0]
+    return routed_mlp_op.routed_mlp(x, w1, w2, indices, weights, path)[0]
 
 
 def _check(x: Tensor, w1: Tensor, w2: Tensor, indices: Tensor, weights: Tensor) -> None:
@@ -98,77 +187,6 @@ def _check(x: Tensor, w1: Tensor, w2: Tensor, indices: Tensor, weights: Tensor) 
             f"routed_mlp needs indices and weights [T, K] with T={x.shape[0]}, got "
             f"{tuple(indices.shape)} and {tuple(weights.shape)}."
         )
-
-
-@torch.library.custom_op("moe::routed_mlp", mutates_args=())
-def _routed_mlp(
-    x: Tensor, w1: Tensor, w2: Tensor, indices: Tensor, weights: Tensor
-) -> tuple[Tensor, Tensor]:
-    path = grouped_mm if backend(x, w1, w2, indices.shape[1]) == "grouped_mm" else cpu
-    return path.forward(x, w1, w2, indices, weights)
-
-
-@_routed_mlp.register_fake
-def _(x: Tensor, w1: Tensor, w2: Tensor, indices: Tensor, weights: Tensor) -> tuple[Tensor, Tensor]:
-    return torch.empty_like(x), x.new_empty(indices.numel(), w1.shape[1])
-
-
-@torch.library.custom_op("moe::routed_mlp_backward", mutates_args=())
-def _routed_mlp_backward(
-    dy: Tensor,
-    x: Tensor,
-    w1: Tensor,
-    w2: Tensor,
-    indices: Tensor,
-    weights: Tensor,
-    h: Tensor,
-    need_x: bool,
-    need_weights: bool,
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    path = grouped_mm if backend(x, w1, w2, indices.shape[1]) == "grouped_mm" else cpu
-    return path.backward(dy, x, w1, w2, indices, weights, h, need_x, need_weights)
-
-
-@_routed_mlp_backward.register_fake
-def _(
-    dy: Tensor,
-    x: Tensor,
-    w1: Tensor,
-    w2: Tensor,
-    indices: Tensor,
-    weights: Tensor,
-    h: Tensor,
-    need_x: bool,
-    need_weights: bool,
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    dx = torch.empty_like(x) if need_x else x.new_empty(0)
-    dw1 = torch.empty_like(w1) if need_weights else w1.new_empty(0)
-    dw2 = torch.empty_like(w2) if need_weights else w2.new_empty(0)
-    return dx, dw1, dw2, torch.empty_like(weights)
-
-
-def _save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
-    ctx.save_for_backward(*inputs, output[1])
-    ctx.mark_non_differentiable(output[1])  # h is for backward alone
-    ctx.set_materialize_grads(False)
-
-
-def _differentiate(ctx: Any, dy: Tensor | None, dh: Tensor | None) -> tuple[Tensor | None, ...]:
-    if dy is None:
-        return None, None, None, None, None
-    need_x, need_w1, need_w2, _, need_gate = ctx.needs_input_grad
-    need_weights = need_w1 or need_w2
-    # an expanded gradient (from y.sum()) has stride 0, which grouped_mm refuses
-    dx, dw1, dw2, dgate = _routed_mlp_backward(
-        dy.contiguous(), *ctx.saved_tensors, need_x, need_weights
-    )
-    return (
-        dx if need_x else None,
-        dw1 if need_w1 else None,
-        dw2 if need_w2 else None,
-        None,
-        dgate if need_gate else None,
-    )
-
-
-_routed_mlp.register_autograd(_differentiate, setup_context=_save)
+    devices = {str(t.device) for t in (x, w1, w2, indices, weights)}
+    if len(devices) > 1:
+        raise ValueError(f"routed_mlp's tensors are on {' and '.join(sorted(devices))}.")

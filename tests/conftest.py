@@ -12,6 +12,8 @@ import pytest
 import torch
 import transformers
 
+if not torch.cuda.is_available():  # before a kernel is defined
+    os.environ.setdefault("TRITON_INTERPRET", "1")
 torch.set_num_threads(int(os.environ["OMP_NUM_THREADS"]))
 transformers.logging.set_verbosity_error()
 transformers.logging.disable_progress_bar()

@@ -19,7 +19,7 @@ aten = torch.ops.aten
 
 @dataclass(frozen=True, slots=True)
 class Pairs:
-    """(token, expert) pairs sorted by expert, tokens ascending within each."""
+    """(token, expert) pairs sorted by expert, by token within each; those without one last."""
 
     order_P: Tensor  # pair p of the sorted list is entry order[p] of the flattened [T, K]
     token_P: Tensor
@@ -28,7 +28,8 @@ class Pairs:
     def experts(self) -> list[tuple[int, slice, Tensor]]:
         """The experts that have tokens, with their pairs and these pairs' tokens."""
         found, start = [], 0
-        for expert, token_N in enumerate(self.token_P.split(self.counts)):
+        sorted_P = self.token_P[: sum(self.counts)]
+        for expert, token_N in enumerate(sorted_P.split(self.counts)):
             if len(token_N):
                 found.append((expert, slice(start, start + len(token_N)), token_N))
             start += len(token_N)
@@ -44,7 +45,8 @@ def sort_pairs(indices_TK: Tensor, num_experts: int) -> Pairs:
     flat_P = indices_TK.reshape(-1)
     order_P = torch.argsort(flat_P, stable=True)
     token_P = order_P.div(indices_TK.shape[1], rounding_mode="floor")
-    return Pairs(order_P, token_P, torch.bincount(flat_P, minlength=num_experts).tolist())
+    count_E = torch.bincount(flat_P, minlength=num_experts)[:num_experts]
+    return Pairs(order_P, token_P, count_E.tolist())
 
 
 def forward(
@@ -88,7 +90,7 @@ def backward(
     dx_TH = torch.zeros_like(x_TH) if need_x else x_TH.new_empty(0)
     dw1_EDH = _gradient(w1_EDH, pairs) if need_weights else w1_EDH.new_empty(0)
     dw2_EHI = _gradient(w2_EHI, pairs) if need_weights else w2_EHI.new_empty(0)
-    dweight_P = weight_P1.new_empty(len(weight_P1))
+    dweight_P = weight_P1.new_zeros(len(weight_P1))
     most, (hidden, inner) = max(pairs.counts), w2_EHI.shape[1:]
     row_MH, dy_MH, dh_MD = (x_TH.new_empty(most, n) for n in (hidden, hidden, 2 * inner))
     da_MI, a_MI = x_TH.new_empty(2, most, inner)

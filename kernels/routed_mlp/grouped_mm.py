@@ -28,31 +28,42 @@ def fits(w1_EDH: Tensor, w2_EHI: Tensor) -> bool:
 
 @dataclass(frozen=True, slots=True)
 class Pairs:
-    """(token, expert) pairs sorted by expert, tokens ascending within each."""
+    """(token, expert) pairs sorted by expert, by token within each; those without one last."""
 
     order_P: Tensor  # pair p of the sorted list is entry order[p] of the flattened [T, K]
     token_P: Tensor
     place_TK: Tensor  # where each entry went in the sorted list
     ends_E: Tensor  # int32: grouped_mm takes no other
+    lost_TK: Tensor | None  # bool, where an entry has no expert; None where all have one
 
     def sum(self, y_PH: Tensor) -> Tensor:
-        """Sorted rows, summed over the K pairs of each token: [T, H]."""
+        """Sorted rows, summed over the K pairs of each token: [T, H].
+
+        grouped_mm leaves the rows after the last expert's unwritten; the very last stands for them.
+        """
         if not len(self.place_TK):
             return y_PH.new_empty(0, y_PH.shape[1])
-        return F.embedding_bag(self.place_TK, y_PH, mode="sum")  # gathers and sums in one pass
+        place_TK, last = self.place_TK, None
+        if self.lost_TK is not None:
+            last = len(y_PH) - 1
+            place_TK = torch.where(self.lost_TK, last, place_TK)
+        # gathers and sums in one pass
+        return F.embedding_bag(place_TK, y_PH, mode="sum", padding_idx=last)
 
 
 def sort_pairs(indices_TK: Tensor, num_experts: int) -> Pairs:
-    """Group the pairs by expert; nothing is copied to the host."""
+    """Group the pairs by expert; all that the host is told is whether some have none."""
     flat_P = indices_TK.reshape(-1)
     order_P = torch.argsort(flat_P, stable=True)
     place_P = torch.empty_like(order_P)
     place_P[order_P] = torch.arange(len(order_P), device=order_P.device)
+    lost_TK = indices_TK == num_experts
     return Pairs(
         order_P,
         order_P.div(indices_TK.shape[1], rounding_mode="floor"),
         place_P.view_as(indices_TK),
-        torch.bincount(flat_P, minlength=num_experts).cumsum(0).to(torch.int32),
+        torch.bincount(flat_P, minlength=num_experts)[:num_experts].cumsum(0).to(torch.int32),
+        lost_TK if bool(lost_TK.any()) else None,
     )
 
 
@@ -97,4 +108,6 @@ def backward(
         dx_TH = pairs.sum(F.grouped_mm(dh_PD, w1_EDH, offs=pairs.ends_E))
     dweight_TK = torch.empty_like(weights_TK, memory_format=torch.contiguous_format)
     dweight_TK.view(-1)[pairs.order_P] = dweight_P.to(weights_TK.dtype)
+    if pairs.lost_TK is not None:
+        dweight_TK.masked_fill_(pairs.lost_TK, 0)
     return dx_TH, dw1_EDH, dw2_EHI, dweight_TK

@@ -12,7 +12,7 @@ from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
 from torch.utils.checkpoint import CheckpointPolicy, create_selective_checkpoint_contexts
 from transformers import PreTrainedModel
 
-import moe.kernels.ops  # noqa: F401  (registers moe::select_top_k)
+import moe.kernels.ops  # noqa: F401  (registers moe::select_top_k and moe::route)
 from moe.config import RunConfig
 from moe.engines.base import Entry, check_patterns
 from moe.parallel.norm import global_norm, scale_gradients
@@ -154,7 +154,7 @@ def freeze(model: nn.Module, patterns: list[str]) -> None:
 
 def _policy(context: Any, operation: Any, *args: Any, **kwargs: Any) -> CheckpointPolicy:
     """Recompute everything but the routers' choices: a near-tie must not fall the other way."""
-    if operation is torch.ops.moe.select_top_k.default:
+    if operation in (torch.ops.moe.select_top_k.default, torch.ops.moe.route.default):
         return CheckpointPolicy.MUST_SAVE
     return CheckpointPolicy.PREFER_RECOMPUTE
 

@@ -99,7 +99,7 @@ def _total(router: torch.nn.Module, output: Any) -> Tensor:
         load: RoutingLoad = output[1]
         return load.probability.double()
     assert isinstance(router, ExpertRouter)
-    indices_TK, weights_TK, load = output
+    indices_TK, weights_TK, load = output[:3]
     total_E = torch.zeros_like(load.counts, dtype=torch.float64)
     return total_E.index_add_(0, indices_TK.flatten(), weights_TK.flatten().double())
 
@@ -131,7 +131,7 @@ def _frozen_experts(router: Any, gate_E: Tensor) -> Callable[..., Any]:
     every_E = torch.arange(len(gate_E))
 
     def forward(*inputs: Any) -> tuple[Tensor, Tensor, RoutingLoad]:
-        indices_TK, weights_TK, load = decide(*inputs)
+        indices_TK, weights_TK, load = decide(*inputs)[:3]
         shape = len(indices_TK), len(gate_E)
         every_TE = every_E.to(indices_TK).expand(shape).contiguous()
         return every_TE, gate_E.to(weights_TK).expand(shape).contiguous(), load

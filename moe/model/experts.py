@@ -12,7 +12,7 @@ from moe.kernels import ops
 from moe.model.cache import kept
 from moe.model.config import RoutedLlamaConfig
 from moe.model.losses import RoutingLoad
-from moe.model.router import ExpertRouter
+from moe.model.router import ExpertChoice, ExpertRouter
 from moe.model.spec import RoutedMLPSpec, UoEMLP
 from moe.model.union import UnionRouter
 
@@ -28,21 +28,39 @@ class Experts(nn.Module):
         for parameter in self.parameters():
             parameter.expert = True  # type: ignore[attr-defined]  # engines shard these apart
 
-    def forward(self, x_TH: Tensor, indices_TK: Tensor, weights_TK: Tensor) -> Tensor:
-        return ops.routed_mlp(x_TH, self.gate_up_proj, self.down_proj, indices_TK, weights_TK)
+    def forward(
+        self,
+        x_TH: Tensor,
+        indices_TK: Tensor,
+        weights_TK: Tensor,
+        plan: ops.Plan | None = None,
+    ) -> Tensor:
+        w1_EDH, w2_EHI = self.gate_up_proj, self.down_proj
+        return ops.routed_mlp(x_TH, w1_EDH, w2_EHI, indices_TK, weights_TK, plan)
 
 
 class Dispatcher(Protocol):
     """How tokens reach the experts. The model never sees ranks; an engine injects this."""
 
     def __call__(
-        self, experts: Experts, x_TH: Tensor, indices_TK: Tensor, weights_TK: Tensor
+        self,
+        experts: Experts,
+        x_TH: Tensor,
+        indices_TK: Tensor,
+        weights_TK: Tensor,
+        plan: ops.Plan | None = None,
     ) -> Tensor: ...
 
 
-def local(experts: Experts, x_TH: Tensor, indices_TK: Tensor, weights_TK: Tensor) -> Tensor:
+def local(
+    experts: Experts,
+    x_TH: Tensor,
+    indices_TK: Tensor,
+    weights_TK: Tensor,
+    plan: ops.Plan | None = None,
+) -> Tensor:
     """The dispatcher of a process that holds every expert."""
-    return experts(x_TH, indices_TK, weights_TK)
+    return experts(x_TH, indices_TK, weights_TK, plan)
 
 
 class RoutedMLP(nn.Module):
@@ -80,8 +98,10 @@ class RoutedMLP(nn.Module):
         if isinstance(self.router, UnionRouter):
             y_TH, load = self._union(self.router, x_BSH, x_TH, valid_T, reference_E, memory)
         else:
-            indices_TK, weights_TK, load = self.router(x_TH, valid_T, reference_E)
-            y_TH = self.dispatcher(self.experts, x_TH, indices_TK, weights_TK)
+            # a hook on the router may return three
+            choice = ExpertChoice(*self.router(x_TH, valid_T, reference_E))
+            indices_TK, weights_TK, load, plan = choice
+            y_TH = self.dispatcher(self.experts, x_TH, indices_TK, weights_TK, plan)
         if self.shared_expert is not None:
             y_TH = y_TH + self.shared_expert(x_TH)
         return y_TH.view_as(x_BSH), load

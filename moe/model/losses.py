@@ -11,6 +11,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from moe.kernels import ops
 from moe.model.spec import BalanceNorm
 
 
@@ -85,6 +86,21 @@ def measure(
         tokens=tokens,
         balance=scale * (mean_E @ fraction_E),
         z=z,
+    )
+
+
+def summed(routed: ops.Routed, k: int, reference_E: Tensor | None) -> RoutingLoad:
+    """The same, norm "unit", from the sums that `ops.route` came with."""
+    tokens = routed.tokens.clamp(min=1)
+    mean_E = routed.probability_E / tokens
+    fraction_E = routed.chosen_E / tokens if reference_E is None else reference_E.to(mean_E)
+    return RoutingLoad(
+        counts=routed.chosen_E,
+        probability=routed.probability_E.detach(),
+        entropy=routed.entropy,
+        tokens=routed.tokens,
+        balance=len(mean_E) / k * (mean_E @ fraction_E),
+        z=routed.square / tokens,
     )
 
 

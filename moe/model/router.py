@@ -6,12 +6,13 @@ top-k boundary. T tokens, H hidden, E experts, N heads (or KV groups), R routed 
 
 from collections.abc import Sequence
 from itertools import groupby
+from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
 
 from moe.kernels import ops
-from moe.model.losses import RoutingLoad, measure
+from moe.model.losses import RoutingLoad, measure, summed
 from moe.model.spec import AttentionSpec, BAMAttention, MoEMLP, MoHAttention
 
 
@@ -202,6 +203,15 @@ def attention_router(
     return TwoStageRouter(spec, num_heads, hidden_size)
 
 
+class ExpertChoice(NamedTuple):
+    """What an expert router decided."""
+
+    indices_TK: Tensor  # int64
+    weights_TK: Tensor  # float32, or wider in a wider model
+    load: RoutingLoad
+    plan: ops.Plan | None = None  # of these indices; whoever changes them leaves it out
+
+
 class ExpertRouter(nn.Module):
     """Scores the experts of an MLP and picks top_k of them for each token."""
 
@@ -216,19 +226,25 @@ class ExpertRouter(nn.Module):
 
     def forward(
         self, x_TH: Tensor, valid_T: Tensor | None, reference_E: Tensor | None
-    ) -> tuple[Tensor, Tensor, RoutingLoad]:
-        """Experts [T, K] int64, their weights [T, K] float32, and the load."""
+    ) -> ExpertChoice:
+        """Choose for every token."""
         spec = self.spec
         logits_TE = project(x_TH, self.weight)
+        reference_E = reference_E if spec.balance_scope == "global" else None
+        if ops.routes_at_once(logits_TE):
+            bias_E = self.selection_bias
+            how = spec.score, spec.renormalise, spec.weight_scale
+            routed = ops.route(logits_TE, spec.top_k, *how, bias_E, valid_T)
+            load = summed(routed, spec.top_k, reference_E)
+            return ExpertChoice(routed.indices_TK, routed.weights_TK, load, routed.plan)
         scores_TE = logits_TE.softmax(-1) if spec.score == "softmax" else logits_TE.sigmoid()
-        choice_TE = scores_TE.detach()
+        choice_TE = logits_TE.detach()  # scores of different logits can be the same
         if self.selection_bias is not None:
-            choice_TE = choice_TE + self.selection_bias.float()
+            choice_TE = scores_TE.detach() + self.selection_bias.to(scores_TE)
         indices_TK = ops.select_top_k(choice_TE, spec.top_k)
         weights_TK = spec.weight_scale * ops.weigh(scores_TE, indices_TK, spec.renormalise)
         probability_TE = scores_TE
         if spec.score == "sigmoid":
             probability_TE = scores_TE / (scores_TE.sum(-1, keepdim=True) + 1e-20)
-        reference_E = reference_E if spec.balance_scope == "global" else None
         load = measure(probability_TE, indices_TK, valid_T, "unit", reference_E, logits_TE)
-        return indices_TK, weights_TK, load
+        return ExpertChoice(indices_TK, weights_TK, load)

@@ -1,0 +1,338 @@
+"""The Triton kernels on a GPU: right first, then how fast, against torch and against peers.
+
+make gpu [ONLY="correctness routing kernels layer"] [RESULTS=DIR] [PEERS=DIR]
+
+Writes gpu_SECTION.json and .md into RESULTS; a section that is there is not run again unless ONLY
+names it. `--toy` runs everything at toy sizes in Triton's interpreter, which times nothing.
+T tokens, H hidden, I inner, E experts, K chosen, P = T·K.
+"""
+
+import argparse
+import functools
+import os
+import statistics
+import sys
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # no installation is needed
+
+import torch
+from gpu_peers import PEERS, add_to_path
+from machine import PACKAGES
+from report import Goal, publish
+from torch import Tensor
+
+FLOPS, BYTES = 790e12, 4.3e12  # what an H200 gives a bf16 matmul and a copy (specified goals' roof)
+
+
+@dataclass(frozen=True, slots=True)
+class Shape:
+    name: str
+    tokens: int
+    hidden: int
+    inner: int
+    experts: int
+    k: int
+
+    def __str__(self) -> str:
+        return f"{self.name}: T{self.tokens} H{self.hidden} I{self.inner} E{self.experts} K{self.k}"
+
+    @property
+    def flops(self) -> float:
+        """Of the forward pass; the backward pass has twice as many."""
+        return 6.0 * self.tokens * self.k * self.hidden * self.inner
+
+
+SHAPES = [
+    Shape("A", 8192, 2048, 768, 128, 8),
+    Shape("A'", 32768, 2048, 768, 128, 8),
+    Shape("B", 8192, 4096, 14336, 8, 2),
+    Shape("C", 16384, 2048, 1024, 64, 8),
+    Shape("D", 24576, 1536, 256, 128, 8),
+    Shape("E", 16384, 768, 256, 64, 8),
+]
+TOY = [Shape("toy", 64, 64, 32, 4, 2)]
+CORRECT = [(64, 64, 32, 4, 2), (1000, 256, 128, 8, 2), (4096, 512, 256, 64, 8), (37, 72, 72, 5, 3),
+           (1, 128, 64, 8, 8), (2048, 768, 256, 128, 8), (513, 1024, 96, 16, 1),
+           (8192, 128, 512, 4, 2), (300, 2048, 768, 128, 8), (128, 64, 64, 1, 1)]  # fmt: skip
+
+
+@dataclass
+class Bench:
+    """Where and how things are measured."""
+
+    device: torch.device
+    toy: bool
+
+    @functools.cached_property
+    def flush(self) -> Tensor:
+        return torch.empty(0 if self.toy else 64 * 2**20, dtype=torch.int32, device=self.device)
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """bf16; float32 in the interpreter, which multiplies bf16 wrongly in peers' kernels."""
+        return torch.float32 if self.toy else torch.bfloat16
+
+    def seconds(self, run: Callable[[], Any], repeats: int = 15) -> float:
+        """Median time of a call, with nothing of it in the cache; 0 where nothing is timed."""
+        if self.toy:
+            run()
+            return 0.0
+        begin = time.monotonic()
+        for _ in range(20):
+            run()
+            torch.cuda.synchronize()
+            if time.monotonic() - begin > 1.0:
+                break
+        times = []
+        for _ in range(repeats):
+            self.flush.zero_()
+            start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+            start.record()
+            run()
+            end.record()
+            torch.cuda.synchronize()
+            times.append(start.elapsed_time(end) / 1e3)
+        return statistics.median(times)
+
+    def inputs(self, shape: Shape, dtype: torch.dtype) -> dict[str, Tensor]:
+        """Outputs of O(1) from them."""
+        generator = torch.Generator(self.device).manual_seed(0)
+
+        def draw(*size: int, scale: float = 1.0) -> Tensor:
+            made = torch.randn(*size, device=self.device, generator=generator)
+            return (made * scale).to(dtype)
+
+        logits = draw(shape.tokens, shape.experts).float()
+        scores, indices = logits.softmax(-1).topk(shape.k)
+        return {
+            "x": draw(shape.tokens, shape.hidden),
+            "w1": draw(shape.experts, 2 * shape.inner, shape.hidden, scale=shape.hidden**-0.5),
+            "w2": draw(shape.experts, shape.hidden, shape.inner, scale=2 * shape.inner**-0.5),
+            "indices": indices,
+            "weights": scores / scores.sum(-1, keepdim=True),
+            "dy": draw(shape.tokens, shape.hidden),
+            "logits": logits,
+        }
+
+
+Section = tuple[str, list[dict[str, Any]], list[Goal], list[str]]
+NAMES = ("y", "dx", "dw1", "dw2", "dweights")
+
+
+def gradients(run: Any, x: Tensor, weights: Tensor, leaves: list[Tensor], dy: Tensor) -> list:
+    y = run(x, weights)
+    return [y.detach(), *torch.autograd.grad(y, [x, *leaves, weights], dy)]
+
+
+def correctness(bench: Bench) -> Section:
+    """Errors against float64, as shares of plain torch's in the same dtype: at most 1.5."""
+    from moe.kernels import ops
+    from moe.kernels.routed_mlp import naive
+
+    rows, worst = [], 0.0
+    for sizes in CORRECT[: 1 if bench.toy else None]:
+        shape = Shape("", *sizes)
+        for dtype in (torch.bfloat16, torch.float16, torch.float32):
+            given = bench.inputs(shape, dtype)
+            results = {}
+            for name, function, wide in (
+                ("exact", naive.routed_mlp, torch.float64),
+                ("plain", naive.routed_mlp, dtype),
+                ("ours", ops.routed_mlp, dtype),
+            ):
+                x, w1, w2, dy = (given[n].to(wide) for n in ("x", "w1", "w2", "dy"))
+                weights = given["weights"].to(torch.promote_types(wide, torch.float32))
+                leaves = [t.requires_grad_() for t in (x, w1, w2, weights)]
+                y = function(x, w1, w2, given["indices"], weights)
+                results[name] = [y.detach(), *torch.autograd.grad(y, leaves, dy)]
+            row: dict[str, Any] = {"shape": str(shape), "dtype": str(dtype)[6:]}
+            for index, name in enumerate(NAMES):
+                exact = results["exact"][index]
+                errors = [(results[w][index].double() - exact).norm() for w in ("ours", "plain")]
+                row[name] = (errors[0] / errors[1].clamp(min=1e-7 * exact.norm())).item()
+                worst = max(worst, row[name])
+            rows.append(row)
+    goal = Goal("largest share of plain torch's error", worst, "≤", 1.5)
+    return "Routed MLP: error as a share of plain torch's", rows, [goal], []
+
+
+def routing(bench: Bench) -> Section:
+    """All of routing in two launches, against the chain of torch operations."""
+    from moe.kernels import ops
+
+    rows, goals = [], []
+    sizes = [(32768, 128, 8), (8192, 128, 8), (8192, 8, 2), (16384, 64, 8), (32768, 512, 8)]
+    for tokens, experts, k in [(64, 8, 2)] if bench.toy else sizes:
+        logits = torch.randn(tokens, experts, device=bench.device)
+
+        def chain(logits: Tensor = logits, k: int = k, experts: int = experts) -> Any:
+            scores, indices = logits.softmax(-1).topk(k)
+            weights = scores / scores.sum(-1, keepdim=True)
+            flat, order = torch.sort(indices.flatten(), stable=True)
+            offsets = torch.bincount(flat, minlength=experts).cumsum(0)
+            return weights, order, order // k, offsets
+
+        def ours(logits: Tensor = logits, k: int = k) -> Any:
+            return ops.route(logits, k, "softmax", True)
+
+        mine, theirs = (1e6 * bench.seconds(run) for run in (ours, chain))
+        rows.append({"shape": f"T{tokens} E{experts} K{k}", "ours µs": mine, "torch µs": theirs})
+        if (tokens, experts) == (32768, 128):
+            goals.append(Goal("routing of 32k tokens, µs", mine, "≤", 25))
+    return "Routing", rows, goals, []
+
+
+def kernels(bench: Bench) -> Section:
+    """Each kernel of the routed MLP, its share of the roof, torch's matmul of the same FLOPs."""
+    rows = []
+    for shape in TOY if bench.toy else SHAPES:
+        given = bench.inputs(shape, bench.dtype)
+        pairs, hidden, inner = shape.tokens * shape.k, shape.hidden, shape.inner
+        once = 2.0 * pairs * hidden * inner
+        for name, (passes, run) in launches(given).items():
+            seconds = bench.seconds(run)
+            flops = passes * once
+            least = flops / FLOPS if passes else 2.0 * hidden * (pairs + shape.tokens) / BYTES
+            plain = 0.0
+            if passes:
+                left = given["x"].new_empty(pairs, hidden)
+                right = given["x"].new_empty(hidden, passes * inner)
+                plain = bench.seconds(functools.partial(torch.mm, left, right))
+            rows.append({
+                "shape": str(shape), "kernel": name, "ms": 1e3 * seconds,
+                "TFLOP/s": seconds and flops / seconds / 1e12,
+                "of roof": seconds and least / seconds, "torch.mm ms": 1e3 * plain,
+            })  # fmt: skip
+    return "Kernels of the routed MLP, bf16", rows, [], []
+
+
+def launches(given: dict[str, Tensor]) -> dict[str, tuple[int, Callable[[], Any]]]:
+    """Each kernel: how many times P · H · I multiplications it makes, and a call."""
+    from moe.kernels import ops
+    from moe.kernels.routed_mlp import triton
+
+    x, w1, w2, dy, weights = (given[n] for n in ("x", "w1", "w2", "dy", "weights"))
+    plan = ops.sort_pairs(given["indices"], len(w1))
+    launch = triton._Launch(x, w1, w2, plan, triton.Layout())
+    pairs, inner = given["indices"].numel(), w2.shape[2]
+    h, a = x.new_empty(pairs, 2 * inner), x.new_empty(pairs, inner)
+    launch.up_swiglu(weights, h, a)
+    y = launch.grouped("down", a, w2.transpose(1, 2))
+    dh = launch.down_dgrad(dy, h, weights)[0]
+    dw1, dw2 = torch.empty_like(w1), torch.empty_like(w2)
+    return {
+        "up_swiglu": (2, lambda: launch.up_swiglu(weights, h, a)),
+        "down": (1, lambda: launch.grouped("down", a, w2.transpose(1, 2))),
+        "combine": (0, lambda: launch.combine(y)),
+        "down_dgrad": (1, lambda: launch.down_dgrad(dy, h, weights)),
+        "dw2": (1, lambda: launch.weight_gradient(dy, a, True, dw2, False)),
+        "dw1": (2, lambda: launch.weight_gradient(dh, x, False, dw1, False)),
+        "dx": (2, lambda: launch.grouped("dx", dh, w1)),
+    }
+
+
+def layer(bench: Bench) -> Section:
+    """Forward and backward of the whole layer against every peer that is here."""
+    rows, goals, notes = [], [], []
+    for shape in TOY if bench.toy else SHAPES:
+        given = bench.inputs(shape, bench.dtype)
+        found: dict[str, float] = {}
+        expected = None
+        for name, make in PEERS.items():
+            row: dict[str, Any] = {"shape": str(shape), "side": name}
+            try:
+                run, leaves = make(given["w1"], given["w2"], given["indices"])
+                x, weights = given["x"].clone().requires_grad_(), given["weights"].clone()
+                call = functools.partial(
+                    gradients, run, x, weights.requires_grad_(), leaves, given["dy"]
+                )
+                y = call()[0]
+                expected = y if expected is None else expected
+                difference = ((y - expected).float().norm() / expected.float().norm()).item()
+                if not difference < 0.03:
+                    raise ValueError(f"computes something else: {difference:.2g} away from ours")
+                row |= memory(bench, call, run, x, weights, leaves) | {"state": "ran"}
+                found[name] = bench.seconds(call, 10)
+            except Exception as error:  # a peer's failure is a result, not ours
+                if name == "ours":
+                    raise
+                row |= {"peak MB": 0.0, "kept B/token": 0.0, "state": f"{type(error).__name__}"}
+                notes.append(f"{shape.name}, {name}: {type(error).__name__}: {str(error)[:160]}")
+            seconds = found.get(name, 0.0)
+            row |= {"ms": 1e3 * seconds, "TFLOP/s": seconds and 3 * shape.flops / seconds / 1e12,
+                    "ours faster by": seconds and seconds / found["ours"]}  # fmt: skip
+            rows.append(row)
+        torch.cuda.empty_cache()
+        for peer, least in (("ScatterMoE", 1.6), ("Liger", 1.4), ("SonicMoE", 0.85),
+                            ("transformers grouped_mm", 1.8)):  # fmt: skip
+            if found.get(peer):
+                what = f"{shape.name}: ours over {peer}"
+                goals.append(Goal(what, found[peer] / found["ours"], "≥", least))
+    return "Routed MLP, forward and backward, bf16", rows, goals, list(dict.fromkeys(notes))
+
+
+def memory(
+    bench: Bench, call: Any, run: Any, x: Tensor, weights: Tensor, leaves: list[Tensor]
+) -> dict[str, float]:
+    """Peak of a step above its inputs, and bytes kept for backward per token, inputs apart."""
+    kept: dict[int, int] = {}
+    with torch.autograd.graph.saved_tensors_hooks(
+        lambda t: (
+            kept.__setitem__(t.untyped_storage().data_ptr(), t.untyped_storage().nbytes()) or t
+        ),
+        lambda t: t,
+    ):
+        run(x, weights)
+    for known in leaves:
+        kept.pop(known.untyped_storage().data_ptr(), None)
+    peak = 0.0
+    if not bench.toy:
+        torch.cuda.reset_peak_memory_stats()
+        before = torch.cuda.memory_allocated()
+        call()
+        torch.cuda.synchronize()
+        peak = (torch.cuda.max_memory_allocated() - before) / 1e6
+    return {"peak MB": peak, "kept B/token": sum(kept.values()) / len(x)}
+
+
+SECTIONS: dict[str, Callable[[Bench], Section]] = {
+    "correctness": correctness, "routing": routing, "kernels": kernels, "layer": layer,
+}  # fmt: skip
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser.add_argument("--only", nargs="*", choices=SECTIONS, default=[])
+    parser.add_argument("--results", type=Path, default=Path("bench/results"))
+    parser.add_argument("--peers", type=Path, help="a folder of checkouts of peers")
+    parser.add_argument("--toy", action="store_true", help="in the interpreter, at toy sizes")
+    options = parser.parse_args()
+    if options.toy:
+        os.environ |= {"TRITON_INTERPRET": "1", "MOE_KERNELS": "triton"}
+    elif not torch.cuda.is_available():
+        raise SystemExit("make gpu needs a CUDA device; bench/gpu.py --toy runs without one.")
+    commits = add_to_path(options.peers)
+    device = torch.device("cpu" if options.toy else "cuda")
+    bench = Bench(device, options.toy)
+    for name, section in SECTIONS.items():
+        there = options.results / f"gpu_{name}.json"
+        if (options.only and name not in options.only) or (not options.only and there.exists()):
+            print(f"{name}: {there} is there already" if there.exists() else f"{name}: not asked")
+            continue
+        begin = time.monotonic()
+        title, rows, goals, notes = section(bench)
+        what = "Triton's interpreter" if options.toy else torch.cuda.get_device_name()
+        notes.append(f"On {what}.")
+        notes += [f"{peer} at {commit}" for peer, commit in commits.items()]
+        packages = (*PACKAGES, "triton")
+        publish(f"gpu_{name}", title, rows, goals, notes, options.results, packages)
+        print(f"{name} took {time.monotonic() - begin:.0f} s", flush=True)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,145 @@
+"""Triton kernels of the routed MLP's backward pass: through SwiGLU, and of the weights.
+
+The gradient of a pair's weight is <dA, a>, so that y is never kept; it comes in parts, one per
+block of columns, added up in a fixed order. No kernel adds to memory that another writes.
+
+Letters as in gemm.py.
+"""
+
+import triton
+import triton.language as tl
+
+from moe.kernels.routed_mlp.gemm import multiply, narrow, rows_of, tile_at
+
+
+@triton.jit
+def _through_swiglu(
+    da, h_at, h_up, dh_at, a_at, weight, inside, UPCAST: tl.constexpr, ACC: tl.constexpr
+):  # fmt: skip
+    """Some columns of dh and a from dA; returns their part of <dA, a>."""
+    gate = tl.load(h_at, mask=inside, other=0.0).to(ACC)
+    up = tl.load(h_at + h_up, mask=inside, other=0.0).to(ACC)
+    sigmoid = 1 / (1 + tl.exp(-gate))
+    silu = gate * sigmoid
+    act = silu * up
+    part = tl.sum(da * act, 1)
+    tl.store(a_at, narrow(act * weight[:, None], a_at.dtype.element_ty, UPCAST), mask=inside)
+    da = da * weight[:, None]
+    dgate = da * up * (sigmoid + silu * (1 - sigmoid))
+    tl.store(dh_at, narrow(dgate, dh_at.dtype.element_ty, UPCAST), mask=inside)
+    tl.store(dh_at + h_up, narrow(da * silu, dh_at.dtype.element_ty, UPCAST), mask=inside)
+    return part
+
+
+@triton.jit
+def _halve(x, BM: tl.constexpr, N: tl.constexpr):
+    """Left and right half of [BM, N], which stay where they are in registers."""
+    return tl.split(tl.permute(tl.reshape(x, (BM, 2, N // 2)), (0, 2, 1)))
+
+
+@triton.jit
+def down_dgrad(
+    dy, w2, h, weights, pairs, offsets, tiles, dh, a, parts,
+    dy_step, w_expert, w_step, i_step, h_gate, h_up, U,
+    H: tl.constexpr, I: tl.constexpr, K: tl.constexpr,
+    BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr, GROUP: tl.constexpr,
+    UPCAST: tl.constexpr, PRECISION: tl.constexpr, ACC: tl.constexpr,
+):  # fmt: skip
+    """dA = dy[token] W2; from it dh [P, D], the weighed a [P, I] and parts [P, I / BN] of <dA, a>.
+
+    The epilogue goes through a quarter of the columns at a time: all at once, its operands would
+    not fit in registers.
+    """
+    blocks_n: tl.constexpr = (I + BN - 1) // BN
+    inner = tl.arange(0, BK)
+    quarter = tl.arange(0, BN // 4)
+    for t in tl.range(tl.program_id(0), U * blocks_n, tl.num_programs(0)):
+        tile_u, block = tile_at(t, U, blocks_n, GROUP)
+        tile = tl.load(tiles + tile_u)
+        if tile >= 0:
+            expert, row, there = rows_of(tile, offsets, BM)
+            pair = tl.load(pairs + row, mask=there, other=0)
+            column = block * BN + tl.arange(0, BN)
+            dy_at = dy + (pair // K).to(tl.int64)[:, None] * dy_step + inner[None, :]
+            w_at = w2 + expert * w_expert + inner[:, None] * w_step + column[None, :] * i_step
+            da = tl.zeros((BM, BN), ACC)
+            for k in range(0, H, BK):
+                if H % BK == 0 and I % BN == 0:
+                    dy_tile, w_tile = tl.load(dy_at, mask=there[:, None], other=0.0), tl.load(w_at)
+                else:
+                    left = inner < H - k
+                    w_there = left[:, None] & (column < I)[None, :]
+                    dy_tile = tl.load(dy_at, mask=there[:, None] & left[None, :], other=0.0)
+                    w_tile = tl.load(w_at, mask=w_there, other=0.0)
+                da = multiply(dy_tile, w_tile, da, UPCAST, PRECISION)
+                dy_at += BK
+                w_at += BK * w_step
+            weight = tl.load(weights + pair, mask=there, other=0.0).to(ACC)
+            left_half, right_half = _halve(da, BM, BN)
+            first, second = _halve(left_half, BM, BN // 2)
+            third, fourth = _halve(right_half, BM, BN // 2)
+            part = tl.zeros((BM,), ACC)
+            for q in tl.static_range(4):
+                some = first if q == 0 else second if q == 1 else third if q == 2 else fourth
+                place = block * BN + q * (BN // 4) + quarter
+                long_row = row.to(tl.int64)[:, None]
+                h_at = long_row * (2 * I) + place[None, :] * h_gate
+                inside = there[:, None] & (place < I)[None, :]
+                part += _through_swiglu(
+                    some, h + h_at, h_up, dh + h_at, a + long_row * I + place[None, :], weight,
+                    inside, UPCAST, ACC,
+                )  # fmt: skip
+            tl.store(parts + row.to(tl.int64) * blocks_n + block, part, mask=there)
+
+
+@triton.jit
+def gather_sum(
+    parts, places, dweights, P, N: tl.constexpr, NP: tl.constexpr, B: tl.constexpr
+):  # fmt: skip
+    """dweights [P]: each pair's N parts added up, 0 for a pair that went nowhere."""
+    pair = tl.program_id(0) * B + tl.arange(0, B)
+    place = tl.load(places + pair, mask=pair < P, other=-1)
+    part = tl.arange(0, NP)
+    at = parts + place.to(tl.int64)[:, None] * N + part[None, :]
+    found = tl.load(at, mask=(place >= 0)[:, None] & (part < N)[None, :], other=0.0)
+    tl.store(dweights + pair, tl.sum(found, 1).to(dweights.dtype.element_ty), mask=pair < P)
+
+
+@triton.jit
+def weight_gradient(
+    left, right, pairs, offsets, order, dw, left_step, right_step, dw_expert, m_step, n_step, E,
+    M: tl.constexpr, N: tl.constexpr, K: tl.constexpr, GATHER_LEFT: tl.constexpr,
+    ADD: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr,
+    UPCAST: tl.constexpr, PRECISION: tl.constexpr, ACC: tl.constexpr,
+):  # fmt: skip
+    """dW [E, M, N] = Σ over e's rows of left ⊗ right, one of which lies by token: right, or left.
+
+    Experts with the most rows come first, so that none of them is begun last; an expert without
+    rows gets zeros. ADD adds to what is there.
+    """
+    blocks_m: tl.constexpr = (M + BM - 1) // BM
+    blocks_n: tl.constexpr = (N + BN - 1) // BN
+    blocks: tl.constexpr = blocks_m * blocks_n
+    inner = tl.arange(0, BK)
+    for t in tl.range(tl.program_id(0), E * blocks, tl.num_programs(0)):
+        expert = tl.load(order + t // blocks)
+        m = ((t % blocks) // blocks_n) * BM + tl.arange(0, BM)
+        n = ((t % blocks) % blocks_n) * BN + tl.arange(0, BN)
+        start, end = tl.load(offsets + expert), tl.load(offsets + expert + 1)
+        acc = tl.zeros((BM, BN), ACC)
+        for k in range(start, end, BK):
+            row = k + inner
+            there = row < end
+            token = tl.load(pairs + row, mask=there, other=0) // K
+            left_row = (token if GATHER_LEFT else row).to(tl.int64)
+            right_row = (row if GATHER_LEFT else token).to(tl.int64)
+            left_at = left + left_row[None, :] * left_step + m[:, None]
+            right_at = right + right_row[:, None] * right_step + n[None, :]
+            left_tile = tl.load(left_at, mask=there[None, :] & (m < M)[:, None], other=0.0)
+            right_tile = tl.load(right_at, mask=there[:, None] & (n < N)[None, :], other=0.0)
+            acc = multiply(left_tile, right_tile, acc, UPCAST, PRECISION)
+        dw_at = dw + expert.to(tl.int64) * dw_expert + m[:, None] * m_step + n[None, :] * n_step
+        inside = (m < M)[:, None] & (n < N)[None, :]
+        if ADD:
+            acc += tl.load(dw_at, mask=inside, other=0.0).to(ACC)
+        tl.store(dw_at, narrow(acc, dw.dtype.element_ty, UPCAST), mask=inside)

@@ -1,0 +1,80 @@
+"""Which tiles a kernel works in: looked up in a table, never tuned inside a step.
+
+Tuning while training makes ranks disagree, changes the order of sums from run to run, and takes
+memory when there is none. The tables are JSON: architecture, dtype, kernel and rows of a tile,
+which follow from the tokens per expert, then sizes HxI or "*". `MOE_KERNELS_TABLE` names a file of
+the same form, which comes first.
+"""
+
+import functools
+import json
+import os
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from moe.kernels.device import interpreted, num_processors
+
+SHIPPED = Path(__file__).parent / "tables" / "routed_mlp.json"
+
+
+@dataclass(frozen=True, slots=True)
+class Tiling:
+    """How a kernel is cut and launched; sizes in elements."""
+
+    block_n: int
+    block_k: int
+    warps: int
+    stages: int  # loads in flight
+    group: int = 8  # tiles that go through the columns side by side
+    resident: int = 1  # programs per multiprocessor
+    block_m: int | None = None  # where the kernel does not take the routing's tiles
+
+    def grid(self, items: int, device: torch.device) -> tuple[int]:
+        """Programs for so many work items."""
+        return (max(1, min(items, self.resident * num_processors(device))),)
+
+
+def architecture(device: torch.device) -> str:
+    """The table's name for a device: of the nearest one with no more shared memory."""
+    if interpreted():
+        return "interpreter"
+    if torch.version.hip:
+        return "gfx942"
+    major, minor = torch.cuda.get_device_capability(device)
+    if major == 9 or (major, minor) in ((10, 0), (10, 3)):
+        return "sm_90"
+    return "sm_80" if (major, minor) in ((8, 0), (8, 7)) else "sm_86"
+
+
+def tiling(
+    kernel: str, device: torch.device, dtype: torch.dtype, rows: int, sizes: tuple[int, int]
+) -> Tiling:
+    """The tiling of a kernel for tiles of so many rows and experts of sizes (H, I)."""
+    named = os.environ.get("MOE_KERNELS_TABLE")
+    return _find(
+        kernel, architecture(device), str(dtype).removeprefix("torch."), rows, sizes, named
+    )
+
+
+@functools.cache
+def _find(
+    kernel: str, arch: str, dtype: str, rows: int, sizes: tuple[int, int], named: str | None
+) -> Tiling:
+    for path in (named, str(SHIPPED)):
+        if path is None:
+            continue
+        by_dtype = table(path).get(arch, {})
+        by_rows = by_dtype.get(dtype, {}).get(kernel, {})
+        by_size = by_rows.get(str(rows)) or by_rows.get("*") or {}
+        if found := by_size.get(f"{sizes[0]}x{sizes[1]}") or by_size.get("*"):
+            return Tiling(**found)
+    raise ValueError(f"no tiling of {kernel} for {arch}, {dtype}, {rows} rows in {SHIPPED.name}.")
+
+
+@functools.cache
+def table(path: str) -> dict[str, Any]:
+    """A table file."""
+    return json.loads(Path(path).read_text())

@@ -1,0 +1,116 @@
+"""Every configuration that ships, as the launches would call it on each architecture."""
+
+import itertools
+from collections.abc import Iterator
+from typing import Any
+
+import triton
+import triton.language as tl
+
+from moe.kernels import tiling
+from moe.kernels.route import triton as route
+from moe.kernels.routed_mlp import gemm, gradients
+
+POINTERS = {"bfloat16": "*bf16", "float16": "*fp16", "float32": "*fp32"}
+HIDDEN, INNER, K = 2048, 768, 8
+STEP, INTS, FLOATS = "i32:16", "*i32", "*fp32"
+
+Configuration = tuple[str, Any, dict[str, Any], dict[str, int]]
+
+
+def configurations(arch: str, dtype: str) -> Iterator[Configuration]:
+    """Name, kernel, arguments and launch options."""
+    yield from tiled(arch, dtype)
+    if dtype == "float32":
+        for experts, k in itertools.product((8, 128, 512), (2, 8)):
+            yield from routing(experts, k)
+    for kernel, arguments in small(POINTERS[dtype]):
+        yield f"{kernel.fn.__name__} {dtype}", kernel, arguments, {"num_warps": 4, "num_stages": 3}
+
+
+def tiled(arch: str, dtype: str) -> Iterator[Configuration]:
+    """The kernels whose tiles come from the table."""
+    for kernel, by_rows in tiling.table(str(tiling.SHIPPED))[arch][dtype].items():
+        for rows, by_size in by_rows.items():
+            for size, cut in by_size.items():
+                found = tiling.Tiling(**cut)
+                fn, arguments = routed_mlp(kernel, POINTERS[dtype])
+                arguments |= {
+                    "BM": found.block_m or int(rows), "BN": found.block_n, "BK": found.block_k,
+                    "GROUP": found.group, "UPCAST": False, "PRECISION": "tf32", "ACC": tl.float32,
+                }  # fmt: skip
+                options = {"num_warps": found.warps, "num_stages": found.stages}
+                yield f"{kernel} {dtype} {rows} {size}", fn, arguments, options
+
+
+def routed_mlp(kernel: str, values: str) -> tuple[Any, dict[str, Any]]:
+    """A kernel of the routed MLP and its arguments for a model of HIDDEN and INNER."""
+    rows = {"pairs": INTS, "offsets": INTS, "tiles": INTS, "U": "i32"}
+    layout = {"h_gate": 1, "h_up": STEP}
+    if kernel == "up_swiglu":
+        return gemm.up_swiglu, rows | layout | {
+            "x": values, "w1": values, "weights": FLOATS, "h": values, "a": values,
+            "x_step": STEP, "w_expert": STEP, "gate_step": STEP, "up_offset": STEP, "w_step": 1,
+            "H": HIDDEN, "I": INNER, "K": K, "SAVE_H": True, "WEIGH": True,
+        }  # fmt: skip
+    if kernel in ("down", "dx"):
+        down = kernel == "down"
+        return gemm.grouped_gemm, rows | {
+            "a": values, "w": values, "y": values, "w_expert": STEP,
+            "k_step": 1 if down else STEP, "n_step": STEP if down else 1,
+            "K": INNER if down else 2 * INNER, "N": HIDDEN,
+        }  # fmt: skip
+    if kernel == "down_dgrad":
+        return gradients.down_dgrad, rows | layout | {
+            "dy": values, "w2": values, "h": values, "weights": FLOATS, "dh": values, "a": values,
+            "parts": FLOATS, "dy_step": STEP, "w_expert": STEP, "w_step": STEP, "i_step": 1,
+            "H": HIDDEN, "I": INNER, "K": K,
+        }  # fmt: skip
+    return gradients.weight_gradient, {
+        "left": values, "right": values, "pairs": INTS, "offsets": INTS, "order": INTS,
+        "dw": values, "left_step": STEP, "right_step": STEP, "dw_expert": STEP, "m_step": STEP,
+        "n_step": 1, "E": "i32", "M": 2 * INNER, "N": HIDDEN, "K": K, "GATHER_LEFT": False,
+        "ADD": False,
+    }  # fmt: skip
+
+
+def small(values: str) -> Iterator[tuple[Any, dict[str, Any]]]:
+    """The routed MLP's kernels that only move and add."""
+    yield gemm.combine, {
+        "y": values, "places": INTS, "out": values, "N": HIDDEN, "K": K, "BN": 1024,
+        "UPCAST": False, "ACC": tl.float32,
+    }  # fmt: skip
+    yield gradients.gather_sum, {
+        "parts": FLOATS, "places": INTS, "dweights": FLOATS, "P": "i32", "N": 6, "NP": 8, "B": 256,
+    }  # fmt: skip
+
+
+def routing(experts: int, k: int) -> Iterator[Configuration]:
+    """The four kernels of routing, with everything that they can be asked for."""
+    wide = max(16, triton.next_power_of_2(experts))
+    tile = max(1, min(32, 2048 // wide))
+    sizes = {"E": experts, "EP": wide, "K": k, "BT": tile}
+    how = {"SIGMOID": True, "RENORMALISE": True, "PADDED": True}
+    tokens = {"T": "i32", "span": "i32", "scale": "fp32"}
+    plan = dict.fromkeys(("places", "pairs", "offsets", "tiles", "order"), INTS)
+    for kernel, arguments in (
+        (route.choose, sizes | how | tokens | {
+            "logits": FLOATS, "bias": FLOATS, "valid": "*i1", "weights": FLOATS, "indices": "*i64",
+            "ranks": INTS, "counts": INTS, "sums": FLOATS, "KP": triton.next_power_of_2(k),
+            "BIASED": True,
+        }),
+        (route.differentiate, sizes | how | tokens | {
+            "logits": FLOATS, "valid": "*i1", "indices": "*i64", "dweights": FLOATS,
+            "dsums": FLOATS, "dlogits": FLOATS,
+        }),
+        (route.count, sizes | {
+            "indices": "*i64", "ranks": INTS, "counts": INTS, "T": "i32", "span": "i32",
+        }),
+        (route.place, plan | {
+            "indices": "*i64", "ranks": INTS, "counts": INTS, "sums": FLOATS, "loads": FLOATS,
+            "P": "i32", "run_pairs": "i32", "R": "i32", "U": "i32", "E": experts, "EP": wide,
+            "BR": 4096 // wide, "BP": 1024, "BM": 128, "BU": 4096 // wide, "BO": 4096 // wide,
+            "SUMS": True,
+        }),
+    ):  # fmt: skip
+        yield f"{kernel.fn.__name__} {experts} {k}", kernel, arguments, {"num_warps": 8}
