@@ -218,7 +218,7 @@ def launches(given: dict[str, Tensor]) -> dict[str, tuple[int, Callable[[], Any]
 
     x, w1, w2, dy, weights = (given[n] for n in ("x", "w1", "w2", "dy", "weights"))
     plan = ops.sort_pairs(given["indices"], len(w1))
-    launch = triton._Launch(x, w1, w2, plan, triton.Layout())
+    launch = triton._Launch(x, w1, w2, plan, ops.Layout())
     pairs, inner = given["indices"].numel(), w2.shape[2]
     h, a = x.new_empty(pairs, 2 * inner), x.new_empty(pairs, inner)
     launch.up_swiglu(weights, h, a)

@@ -19,9 +19,11 @@ from moe.kernels.route.naive import Plan
 from moe.kernels.routed_mlp import grouped_mm
 from moe.kernels.routed_mlp import naive as routed_mlp_naive
 from moe.kernels.routed_mlp import op as routed_mlp_op
+from moe.kernels.routed_mlp.naive import PLAIN, Layout
 
 __all__ = [
     "BACKENDS",
+    "Layout",
     "Plan",
     "Routed",
     "backend",
@@ -148,14 +150,17 @@ def routed_mlp(
     weights: Tensor,
     plan: Plan | None = None,
     recompute_h: bool = False,
+    layout: Layout = PLAIN,
+    bias: Tensor | None = None,
 ) -> Tensor:
     """Σ_k weights[t, k] · SwiGLU expert indices[t, k] of x[t]: [T, H].
 
     x [T, H]; w1 [E, 2I, H], gate rows before up rows; w2 [E, H, I]; weights [T, K]; indices [T, K]
     int64 in 0..E-1, or E for none. Under autocast x, w1 and w2 are cast as a matmul's would be.
     Differentiable in x, w1, w2 and weights. `plan` is the indices' own, where the router made one.
-    `recompute_h` keeps x alone for the backward pass, at one more GEMM; Triton only. Raises
-    ValueError where shapes, dtypes or devices do not agree.
+    `recompute_h` keeps x alone for the backward pass, at one more GEMM; Triton only. `bias` [E, 2I]
+    of the first layer, and layouts of W1's rows other than ours, are for backends naive and triton.
+    Raises ValueError where shapes, dtypes or devices do not agree.
     """
     if torch.is_autocast_enabled(x.device.type):
         dtype = torch.get_autocast_dtype(x.device.type)
@@ -164,12 +169,14 @@ def routed_mlp(
     path = backend(x, w1, w2, indices.shape[1])
     if path == "naive":
         route_naive.check_indices(indices, len(w1))
-        return routed_mlp_naive.routed_mlp(x, w1, w2, indices, weights)
+        return routed_mlp_naive.routed_mlp(x, w1, w2, indices, weights, layout, bias)
     if path == "triton":
         made = sort_pairs(indices, len(w1)) if plan is None else plan
         x, weights = x.contiguous(), weights.contiguous()
-        how = list(made), False, recompute_h
-        return routed_mlp_op.routed_mlp_triton(x, w1, w2, weights, *how)[0]
+        how = list(made), *layout, recompute_h
+        return routed_mlp_op.routed_mlp_triton(x, w1, w2, weights, bias, *how)[0]
+    if layout != PLAIN or bias is not None:
+        raise ValueError(f"backend {path} takes no bias and no {layout}: use naive or triton.")
     return routed_mlp_op.routed_mlp(x, w1, w2, indices, weights, path)[0]
 
 

@@ -49,10 +49,20 @@ def narrow(x, dtype: tl.constexpr, UPCAST: tl.constexpr):
 
 
 @triton.jit
+def swiglu(gate, up, LIMIT: tl.constexpr, ALPHA: tl.constexpr):
+    """silu(gate) ⊙ up; with a LIMIT gpt-oss's: both clamped, gate · σ(α gate) ⊙ (up + 1)."""
+    if LIMIT > 0:
+        gate = tl.minimum(gate, LIMIT)
+        up = tl.minimum(tl.maximum(up, -LIMIT), LIMIT) + 1
+    return gate / (1 + tl.exp(-ALPHA * gate)) * up
+
+
+@triton.jit
 def up_swiglu(
-    x, w1, weights, pairs, offsets, tiles, h, a,
+    x, w1, bias, weights, pairs, offsets, tiles, h, a,
     x_step, w_expert, gate_step, up_offset, w_step, h_gate, h_up, U,
     H: tl.constexpr, I: tl.constexpr, K: tl.constexpr, SAVE_H: tl.constexpr, WEIGH: tl.constexpr,
+    BIASED: tl.constexpr, LIMIT: tl.constexpr, ALPHA: tl.constexpr,
     BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr, GROUP: tl.constexpr,
     UPCAST: tl.constexpr, PRECISION: tl.constexpr, ACC: tl.constexpr,
 ):  # fmt: skip
@@ -84,13 +94,17 @@ def up_swiglu(
                 up = multiply(x_tile, up_tile, up, UPCAST, PRECISION)
                 x_at += BK
                 w_at += BK * w_step
+            if BIASED:
+                bias_at = bias + expert * (2 * I) + column * h_gate
+                gate += tl.load(bias_at, mask=column < I, other=0.0).to(ACC)[None, :]
+                up += tl.load(bias_at + h_up, mask=column < I, other=0.0).to(ACC)[None, :]
             inside = there[:, None] & (column < I)[None, :]
             if SAVE_H:
                 h_at = h + row.to(tl.int64)[:, None] * (2 * I) + column[None, :] * h_gate
                 tl.store(h_at, narrow(gate, h.dtype.element_ty, UPCAST), mask=inside)
                 tl.store(h_at + h_up, narrow(up, h.dtype.element_ty, UPCAST), mask=inside)
             if WEIGH:
-                act = gate / (1 + tl.exp(-gate)) * up
+                act = swiglu(gate, up, LIMIT, ALPHA)
                 act *= tl.load(weights + pair, mask=there, other=0.0).to(ACC)[:, None]
                 a_at = a + row.to(tl.int64)[:, None] * I + column[None, :]
                 tl.store(a_at, narrow(act, a.dtype.element_ty, UPCAST), mask=inside)

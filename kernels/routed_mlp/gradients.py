@@ -14,20 +14,30 @@ from moe.kernels.routed_mlp.gemm import multiply, narrow, rows_of, tile_at
 
 @triton.jit
 def _through_swiglu(
-    da, h_at, h_up, dh_at, a_at, weight, inside, UPCAST: tl.constexpr, ACC: tl.constexpr
+    da, h_at, h_up, dh_at, a_at, weight, inside, LIMIT: tl.constexpr, ALPHA: tl.constexpr,
+    UPCAST: tl.constexpr, ACC: tl.constexpr,
 ):  # fmt: skip
     """Some columns of dh and a from dA; returns their part of <dA, a>."""
     gate = tl.load(h_at, mask=inside, other=0.0).to(ACC)
     up = tl.load(h_at + h_up, mask=inside, other=0.0).to(ACC)
-    sigmoid = 1 / (1 + tl.exp(-gate))
+    if LIMIT > 0:
+        free_gate = gate <= LIMIT
+        free_up = (up >= -LIMIT) & (up <= LIMIT)
+        gate = tl.minimum(gate, LIMIT)
+        up = tl.minimum(tl.maximum(up, -LIMIT), LIMIT) + 1
+    sigmoid = 1 / (1 + tl.exp(-ALPHA * gate))
     silu = gate * sigmoid
     act = silu * up
     part = tl.sum(da * act, 1)
     tl.store(a_at, narrow(act * weight[:, None], a_at.dtype.element_ty, UPCAST), mask=inside)
     da = da * weight[:, None]
-    dgate = da * up * (sigmoid + silu * (1 - sigmoid))
+    dgate = da * up * (sigmoid + ALPHA * silu * (1 - sigmoid))
+    dup = da * silu
+    if LIMIT > 0:
+        dgate = tl.where(free_gate, dgate, 0)
+        dup = tl.where(free_up, dup, 0)
     tl.store(dh_at, narrow(dgate, dh_at.dtype.element_ty, UPCAST), mask=inside)
-    tl.store(dh_at + h_up, narrow(da * silu, dh_at.dtype.element_ty, UPCAST), mask=inside)
+    tl.store(dh_at + h_up, narrow(dup, dh_at.dtype.element_ty, UPCAST), mask=inside)
     return part
 
 
@@ -41,7 +51,7 @@ def _halve(x, BM: tl.constexpr, N: tl.constexpr):
 def down_dgrad(
     dy, w2, h, weights, pairs, offsets, tiles, dh, a, parts,
     dy_step, w_expert, w_step, i_step, h_gate, h_up, U,
-    H: tl.constexpr, I: tl.constexpr, K: tl.constexpr,
+    H: tl.constexpr, I: tl.constexpr, K: tl.constexpr, LIMIT: tl.constexpr, ALPHA: tl.constexpr,
     BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr, GROUP: tl.constexpr,
     UPCAST: tl.constexpr, PRECISION: tl.constexpr, ACC: tl.constexpr,
 ):  # fmt: skip
@@ -87,7 +97,7 @@ def down_dgrad(
                 inside = there[:, None] & (place < I)[None, :]
                 part += _through_swiglu(
                     some, h + h_at, h_up, dh + h_at, a + long_row * I + place[None, :], weight,
-                    inside, UPCAST, ACC,
+                    inside, LIMIT, ALPHA, UPCAST, ACC,
                 )  # fmt: skip
             tl.store(parts + row.to(tl.int64) * blocks_n + block, part, mask=there)
 
@@ -143,3 +153,22 @@ def weight_gradient(
         if ADD:
             acc += tl.load(dw_at, mask=inside, other=0.0).to(ACC)
         tl.store(dw_at, narrow(acc, dw.dtype.element_ty, UPCAST), mask=inside)
+
+
+@triton.jit
+def bias_gradient(
+    dh, offsets, dbias, N: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr,
+    UPCAST: tl.constexpr, ACC: tl.constexpr,
+):  # fmt: skip
+    """dbias [E, N]: each expert's rows of dh [P, N] added up."""
+    expert = tl.program_id(0)
+    column = tl.program_id(1) * BN + tl.arange(0, BN)
+    start, end = tl.load(offsets + expert), tl.load(offsets + expert + 1)
+    acc = tl.zeros((BN,), ACC)
+    for k in range(start, end, BM):
+        row = k + tl.arange(0, BM)
+        inside = (row < end)[:, None] & (column < N)[None, :]
+        found = tl.load(dh + row.to(tl.int64)[:, None] * N + column[None, :], mask=inside, other=0)
+        acc += tl.sum(found.to(ACC), 0)
+    out = narrow(acc, dbias.dtype.element_ty, UPCAST)
+    tl.store(dbias + expert.to(tl.int64) * N + column, out, mask=column < N)

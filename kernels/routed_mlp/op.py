@@ -13,6 +13,7 @@ from torch import Tensor
 from moe.kernels.backend import triton_module
 from moe.kernels.route.naive import Plan, check_indices
 from moe.kernels.routed_mlp import cpu, grouped_mm
+from moe.kernels.routed_mlp.naive import Layout
 
 
 def _path(name: str) -> ModuleType:
@@ -108,13 +109,15 @@ def routed_mlp_triton(
     w1: Tensor,
     w2: Tensor,
     weights: Tensor,
+    bias: Tensor | None,
     plan: list[Tensor],
     interleaved: bool,
+    limit: float,
+    alpha: float,
     recompute_h: bool,
 ) -> tuple[Tensor, Tensor]:
-    triton = triton_module("routed_mlp.triton")
-    layout = triton.Layout(interleaved)
-    return triton.forward(x, w1, w2, weights, Plan(*plan), layout, not recompute_h)
+    triton, layout = triton_module("routed_mlp.triton"), Layout(interleaved, limit, alpha)
+    return triton.forward(x, w1, w2, weights, Plan(*plan), layout, not recompute_h, bias)
 
 
 @routed_mlp_triton.register_fake
@@ -123,12 +126,14 @@ def _(
     w1: Tensor,
     w2: Tensor,
     weights: Tensor,
+    bias: Tensor | None,
     plan: list[Tensor],
     interleaved: bool,
+    limit: float,
+    alpha: float,
     recompute_h: bool,
 ) -> tuple[Tensor, Tensor]:
-    rows = 0 if recompute_h else weights.numel()
-    h = x.new_empty(0) if recompute_h else x.new_empty(rows, w1.shape[1])
+    h = x.new_empty(0) if recompute_h else x.new_empty(weights.numel(), w1.shape[1])
     return x.new_empty(x.shape), h
 
 
@@ -140,14 +145,17 @@ def _backward_triton(
     w2: Tensor,
     weights: Tensor,
     h: Tensor,
+    bias: Tensor | None,
     plan: list[Tensor],
     interleaved: bool,
+    limit: float,
+    alpha: float,
     need_x: bool,
     need_weights: bool,
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    triton = triton_module("routed_mlp.triton")
-    layout = triton.Layout(interleaved)
-    return triton.backward(dy, x, w1, w2, weights, Plan(*plan), h, need_x, need_weights, layout)
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    triton, layout = triton_module("routed_mlp.triton"), Layout(interleaved, limit, alpha)
+    need = need_x, need_weights
+    return triton.backward(dy, x, w1, w2, weights, Plan(*plan), h, *need, layout=layout, bias=bias)
 
 
 @_backward_triton.register_fake
@@ -158,38 +166,41 @@ def _(
     w2: Tensor,
     weights: Tensor,
     h: Tensor,
+    bias: Tensor | None,
     plan: list[Tensor],
     interleaved: bool,
+    limit: float,
+    alpha: float,
     need_x: bool,
     need_weights: bool,
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    return *_gradients(x, w1, w2, need_x, need_weights), torch.empty_like(weights)
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    dbias = x.new_empty(0) if bias is None else torch.empty_like(bias)
+    return *_gradients(x, w1, w2, need_x, need_weights), torch.empty_like(weights), dbias
 
 
 def _save_triton(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
-    x, w1, w2, weights, plan, ctx.interleaved, _ = inputs
-    ctx.save_for_backward(x, w1, w2, weights, output[1], *plan)
+    x, w1, w2, weights, bias, plan, *ctx.layout, _ = inputs
+    ctx.save_for_backward(x, w1, w2, weights, output[1], bias, *plan)
     ctx.mark_non_differentiable(output[1])
     ctx.set_materialize_grads(False)
 
 
 def _differentiate_triton(ctx: Any, dy: Tensor | None, dh: Tensor | None) -> tuple[Any, ...]:
-    nothing: list[None] = [None] * len(Plan._fields)
+    nothing = ([None] * len(Plan._fields), None, None, None, None)
     if dy is None:
-        return None, None, None, None, nothing, None, None
-    x, w1, w2, weights, h, *plan = ctx.saved_tensors
-    need_x, need_w1, need_w2, need_gate = ctx.needs_input_grad[:4]
-    dx, dw1, dw2, dgate = _backward_triton(
-        dy.contiguous(), x, w1, w2, weights, h, plan, ctx.interleaved, need_x, need_w1 or need_w2
+        return (*(None,) * 5, *nothing)
+    x, w1, w2, weights, h, bias, *plan = ctx.saved_tensors
+    need_x, need_w1, need_w2, need_gate, need_bias = ctx.needs_input_grad[:5]
+    dx, dw1, dw2, dgate, dbias = _backward_triton(
+        dy.contiguous(), x, w1, w2, weights, h, bias, plan, *ctx.layout, need_x, need_w1 or need_w2
     )
     return (
         dx if need_x else None,
         dw1 if need_w1 else None,
         dw2 if need_w2 else None,
         dgate if need_gate else None,
-        nothing,
-        None,
-        None,
+        dbias if need_bias else None,
+        *nothing,
     )
 
 

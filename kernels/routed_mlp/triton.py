@@ -6,7 +6,7 @@ weight is folded into a, and its gradient is <dA, a>, so that y is never kept.
 T tokens, H hidden, I inner, D = 2I, E experts, K chosen, P = T·K pairs, U tiles.
 """
 
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 import triton
@@ -15,23 +15,23 @@ from torch import Tensor
 from moe.kernels import device
 from moe.kernels.route.naive import Plan, block_rows
 from moe.kernels.routed_mlp import gemm, gradients
+from moe.kernels.routed_mlp.naive import PLAIN, Layout
 from moe.kernels.tiling import Tiling, tiling
-
-
-class Layout(NamedTuple):
-    """Where gate and up rows of W1, and columns of h, lie."""
-
-    interleaved: bool = False  # gate and up alternate, as gpt-oss has them
-
-    def steps(self, inner: int) -> tuple[int, int]:
-        """Rows between two gates, and from a gate to its up."""
-        return (2, 1) if self.interleaved else (1, inner)
 
 
 class _Launch:
     """Everything that several kernels of one call are given alike."""
 
-    def __init__(self, x: Tensor, w1: Tensor, w2: Tensor, plan: Plan, layout: Layout) -> None:
+    def __init__(
+        self,
+        x: Tensor,
+        w1: Tensor,
+        w2: Tensor,
+        plan: Plan,
+        layout: Layout,
+        bias: Tensor | None = None,
+    ) -> None:
+        self.bias, self.act = bias, {"LIMIT": layout.limit, "ALPHA": layout.alpha}
         self.x, self.w1, self.w2, self.plan = x, w1, w2, plan
         self.k = plan.place_TK.shape[1]
         self.hidden, self.inner = w2.shape[1:]
@@ -59,10 +59,10 @@ class _Launch:
         step, w1 = self.w1.stride(1), self.w1
         items = self.tiles * triton.cdiv(self.inner, cut.block_n)
         gemm.up_swiglu[cut.grid(items, self.x.device)](
-            self.x, w1, weights, *self.sorted, h, a, self.x.stride(0), w1.stride(0),
+            self.x, w1, self.bias, weights, *self.sorted, h, a, self.x.stride(0), w1.stride(0),
             self.gate * step, self.up * step, w1.stride(2), self.gate, self.up, self.tiles,
             H=self.hidden, I=self.inner, K=self.k, SAVE_H=h is not None, WEIGH=a is not None,
-            GROUP=cut.group, **arguments,
+            BIASED=self.bias is not None, GROUP=cut.group, **self.act, **arguments,
         )  # fmt: skip
 
     def grouped(self, kernel: str, a_PK: Tensor, w_EKN: Tensor) -> Tensor:
@@ -100,7 +100,7 @@ class _Launch:
         gradients.down_dgrad[cut.grid(self.tiles * blocks, dy.device)](
             dy, w2, h, weights, *self.sorted, dh, a, parts, dy.stride(0), w2.stride(0),
             w2.stride(1), w2.stride(2), self.gate, self.up, self.tiles,
-            H=self.hidden, I=self.inner, K=self.k, GROUP=cut.group, **arguments,
+            H=self.hidden, I=self.inner, K=self.k, GROUP=cut.group, **self.act, **arguments,
         )  # fmt: skip
         dweights = torch.empty_like(weights)
         gradients.gather_sum[(triton.cdiv(weights.numel(), 256),)](
@@ -123,6 +123,17 @@ class _Launch:
         )  # fmt: skip
         return dw
 
+    def bias_gradient(self, dh: Tensor) -> Tensor:
+        """[E, D], in the bias's dtype."""
+        assert self.bias is not None
+        dbias = torch.empty_like(self.bias)
+        experts, width = dbias.shape
+        gradients.bias_gradient[(experts, triton.cdiv(width, 128))](
+            dh, self.plan.offset_E1, dbias, N=width, BM=32, BN=128,
+            UPCAST=device.upcast(dbias.dtype), ACC=device.accumulator(dh.dtype), num_warps=4,
+        )  # fmt: skip
+        return dbias
+
 
 def forward(
     x: Tensor,
@@ -130,11 +141,12 @@ def forward(
     w2: Tensor,
     weights: Tensor,
     plan: Plan,
-    layout: Layout = Layout(),  # noqa: B008
+    layout: Layout = PLAIN,
     save_h: bool = True,
+    bias: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
     """Returns y [T, H] and h [P, D], empty without `save_h`. x and weights are contiguous."""
-    launch = _Launch(x, w1, w2, plan, layout)
+    launch = _Launch(x, w1, w2, plan, layout, bias)
     pairs = plan.place_TK.numel()
     h = x.new_empty(pairs, 2 * launch.inner) if save_h else None
     a = x.new_empty(pairs, launch.inner)
@@ -154,15 +166,17 @@ def backward(
     h: Tensor,
     need_x: bool,
     need_weights: bool,
-    layout: Layout = Layout(),  # noqa: B008
+    layout: Layout = PLAIN,
     main_grads: tuple[Tensor, Tensor] | None = None,
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Gradients of x, w1, w2 and the weights [T, K]; empty tensors for those not needed.
+    bias: Tensor | None = None,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """Gradients of x, w1, w2, the weights [T, K] and the bias [E, D]; empty where not needed.
 
     `main_grads` [E, D, H] and [E, H, I], of a wider dtype, are added to in place of w1's and w2's.
     """
-    launch = _Launch(x, w1, w2, plan, layout)
+    launch = _Launch(x, w1, w2, plan, layout, bias)
     pairs = plan.place_TK.numel()
+    dbias = x.new_empty(0)
     dx, dw1, dw2 = (t.new_empty(0) for t in (x, w1, w2))
     if not pairs:
         return (
@@ -170,6 +184,7 @@ def backward(
             torch.zeros_like(w1) if need_weights and not main_grads else dw1,
             torch.zeros_like(w2) if need_weights and not main_grads else dw2,
             torch.zeros_like(weights),
+            dbias if bias is None else torch.zeros_like(bias),
         )
     if not h.numel():
         h = x.new_empty(pairs, 2 * launch.inner)
@@ -181,6 +196,8 @@ def backward(
         launch.weight_gradient(dh, x, False, into1, main_grads is not None)
         if main_grads is None:
             dw1, dw2 = into1, into2
+    if bias is not None:
+        dbias = launch.bias_gradient(dh)
     if need_x:
         dx = launch.combine(launch.grouped("dx", dh, w1))
-    return dx, dw1, dw2, dweights
+    return dx, dw1, dw2, dweights, dbias

@@ -1,8 +1,11 @@
-"""The model. Importing this registers RoutedLlama with transformers' Auto classes."""
+"""The model. Importing this registers RoutedLlama with transformers' Auto classes, and our kernels
+as `experts_implementation="moe"` of its own mixtures.
+"""
 
 from transformers import AutoConfig, AutoModel, AutoModelForCausalLM
 
 from moe.model.config import RoutedLlamaConfig
+from moe.model.foreign import run_experts
 from moe.model.llama import RoutedCausalLMOutput, RoutedLlamaForCausalLM, RoutedLlamaModel
 from moe.model.losses import LayerLoad, LayerRouting, RoutingLoad
 from moe.model.spec import AttentionSpec, MLPSpec
@@ -21,4 +24,5 @@ __all__ = [
     "RoutedLlamaForCausalLM",
     "RoutedLlamaModel",
     "RoutingLoad",
+    "run_experts",
 ]

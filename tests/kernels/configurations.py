@@ -49,7 +49,8 @@ def routed_mlp(kernel: str, values: str) -> tuple[Any, dict[str, Any]]:
     layout = {"h_gate": 1, "h_up": STEP}
     if kernel == "up_swiglu":
         return gemm.up_swiglu, rows | layout | {
-            "x": values, "w1": values, "weights": FLOATS, "h": values, "a": values,
+            "x": values, "w1": values, "bias": values, "weights": FLOATS, "h": values,
+            "a": values, "BIASED": False, "LIMIT": 0.0, "ALPHA": 1.0,
             "x_step": STEP, "w_expert": STEP, "gate_step": STEP, "up_offset": STEP, "w_step": 1,
             "H": HIDDEN, "I": INNER, "K": K, "SAVE_H": True, "WEIGH": True,
         }  # fmt: skip
@@ -64,7 +65,7 @@ def routed_mlp(kernel: str, values: str) -> tuple[Any, dict[str, Any]]:
         return gradients.down_dgrad, rows | layout | {
             "dy": values, "w2": values, "h": values, "weights": FLOATS, "dh": values, "a": values,
             "parts": FLOATS, "dy_step": STEP, "w_expert": STEP, "w_step": STEP, "i_step": 1,
-            "H": HIDDEN, "I": INNER, "K": K,
+            "H": HIDDEN, "I": INNER, "K": K, "LIMIT": 0.0, "ALPHA": 1.0,
         }  # fmt: skip
     return gradients.weight_gradient, {
         "left": values, "right": values, "pairs": INTS, "offsets": INTS, "order": INTS,
@@ -78,6 +79,10 @@ def small(values: str) -> Iterator[tuple[Any, dict[str, Any]]]:
     """The routed MLP's kernels that only move and add."""
     yield gemm.combine, {
         "y": values, "places": INTS, "out": values, "N": HIDDEN, "K": K, "BN": 1024,
+        "UPCAST": False, "ACC": tl.float32,
+    }  # fmt: skip
+    yield gradients.bias_gradient, {
+        "dh": values, "offsets": INTS, "dbias": values, "N": 2 * INNER, "BM": 32, "BN": 128,
         "UPCAST": False, "ACC": tl.float32,
     }  # fmt: skip
     yield gradients.gather_sum, {

@@ -77,9 +77,9 @@ def test_weights_may_lie_either_way_round_and_gate_and_up_alternate():
     order = torch.stack([torch.arange(8), torch.arange(8) + 8], 1).flatten()
     other = w1[:, order].transpose(1, 2).contiguous().transpose(1, 2)
     plan = ops.sort_pairs(inputs["indices"], 4)
-    layout = triton.Layout(interleaved=True)
+    layout = ops.Layout(interleaved=True)
     y, h = triton.forward(x, other, w2, weights, plan, layout)
-    found = triton.backward(dy, x, other, w2, weights, plan, h, True, True, layout)
+    found = triton.backward(dy, x, other, w2, weights, plan, h, True, True, layout)[:4]
     assert found[1].stride() == other.stride()
     expected = reference(inputs)
     expected["dw1"] = expected["dw1"][:, order]
@@ -114,21 +114,21 @@ def test_every_row_is_written(monkeypatch):
     x, w1, w2, weights, dy = (inputs[n] for n in ("x", "w1", "w2", "weights", "dy"))
     plan = ops.sort_pairs(inputs["indices"], 6)
     y, h = triton.forward(x, w1, w2, weights, plan)
-    found = triton.backward(dy, x, w1, w2, weights, plan, h, True, True)
+    found = triton.backward(dy, x, w1, w2, weights, plan, h, True, True)[:4]
     monkeypatch.undo()
     assert_close(dict(zip(NAMES, (y, *found), strict=True)), reference(inputs), 1e-6)
 
 
-SWAPPED = "up / (1 + tl.exp(-up)) * gate"
+SWAPPED = "return up / (1 + tl.exp(-ALPHA * up)) * gate"
 MUTATIONS = {  # name: file, what stands there, what is put in its place (within bounds of memory)
-    "gate and up swapped": (gemm, "gate / (1 + tl.exp(-gate)) * up", SWAPPED),
+    "gate and up swapped": (gemm, "return gate / (1 + tl.exp(-ALPHA * gate)) * up", SWAPPED),
     "a dropped tile": (gemm, "if tile >= 0:", "if tile > 0:"),
     "the first part of K alone": (gemm, "for k in range(0, H, BK):", "for k in range(0, BK, BK):"),
     "unweighed": (gemm, "act *= tl.load", "act *= 1 + 0 * tl.load"),
     "another token": (gemm, "(pair // K).to", "(pair // (2 * K)).to"),
     "a row too few": (gemm, "for k in tl.static_range(K):", "for k in tl.static_range(K - 1):"),
     "a quarter of the parts": (gradients, "part += _through", "part = _through"),
-    "silu's derivative": (gradients, "(sigmoid + silu * (1 - sigmoid))", "sigmoid"),
+    "silu's derivative": (gradients, "(sigmoid + ALPHA * silu * (1 - sigmoid))", "sigmoid"),
     "an expert's last rows": (gradients, "range(start, end, BK)", "range(start, end - BK, BK)"),
     "another token's gradient": (gradients, "other=0) // K", "other=0) // (2 * K)"),
 }
@@ -182,3 +182,30 @@ def test_a_tile_has_room_for_all_rows_in_one_expert(experts):
     last = (experts - 1) | (pairs // rows - 1) << route_naive.EXPERT_BITS
     assert last < 2**31 and last & 0xFFF == experts - 1
     assert route_naive.tile_bound(pairs, experts, rows) < 2**31
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32])
+def test_clamped_activations_and_biases_as_gpt_oss_has_them(dtype):
+    """Half of what goes in is past the limit, so that both branches of the gradient are used."""
+    inputs = case((40, 16, 8, 4, 2), dtype)
+    inputs["w1"] *= 2
+    layout, bias = (
+        ops.Layout(interleaved=True, limit=1.5, alpha=1.702),
+        torch.randn(4, 16).to(dtype),
+    )
+    found = []
+    for function, wide in ((ops.routed_mlp, dtype), (naive.routed_mlp, torch.float64)):
+        leaves = [
+            t.to(wide).requires_grad_()
+            for t in (*(inputs[n].detach() for n in ("x", "w1", "w2", "weights")), bias.detach())
+        ]
+        x, w1, w2, weights, b = leaves
+        y = function(x, w1, w2, inputs["indices"], weights, layout=layout, **{
+            "bias" if function is ops.routed_mlp else "bias_ED": b})  # fmt: skip
+        found.append([y.detach(), *torch.autograd.grad(y, leaves, inputs["dy"].to(wide))])
+    bound = 1e-12 if dtype == torch.float64 else 1e-6
+    for name, actual, expected in zip((*NAMES, "dbias"), *found, strict=True):
+        assert ((actual - expected).norm() / expected.norm()) < bound, name
+    gate = naive.routed_mlp  # negative control: without the clamp it is another function
+    other = gate(x, w1, w2, inputs["indices"], weights, ops.Layout(True, 0.0, 1.702), b)
+    assert ((other - found[1][0]).norm() / found[1][0].norm()) > 0.1
