@@ -11,8 +11,9 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from moe.kernels.backend import BACKENDS, forced, triton_runs
+from moe.kernels.backend import BACKENDS, forced, triton_module, triton_runs
 from moe.kernels.heads import naive as heads_naive
+from moe.kernels.heads import op as heads_op
 from moe.kernels.route import naive as route_naive
 from moe.kernels.route import op as route_op
 from moe.kernels.route.naive import Plan
@@ -26,6 +27,8 @@ __all__ = [
     "Layout",
     "Plan",
     "Routed",
+    "attend_heads",
+    "attends_heads",
     "backend",
     "gate_heads",
     "route",
@@ -33,6 +36,7 @@ __all__ = [
     "routes_at_once",
     "select_top_k",
     "sort_pairs",
+    "triton_runs",
     "weigh",
 ]
 
@@ -42,6 +46,7 @@ __all__ = [
 CACHE_BYTES = 48 * 2**20
 
 forced_backend = forced
+HEAD_SIZE = 128  # the largest that the attention kernels have tilings for
 gate_heads = heads_naive.gate_heads
 weigh = route_naive.weigh
 
@@ -197,3 +202,53 @@ def _check(x: Tensor, w1: Tensor, w2: Tensor, indices: Tensor, weights: Tensor) 
     devices = {str(t.device) for t in (x, w1, w2, indices, weights)}
     if len(devices) > 1:
         raise ValueError(f"routed_mlp's tensors are on {' and '.join(sorted(devices))}.")
+
+
+def attends_heads(q_BSNd: Tensor) -> bool:
+    """Whether `attend_heads` has a kernel for these queries: Triton's, in 16 bits on a GPU."""
+    short = q_BSNd.dtype in (torch.bfloat16, torch.float16) or not q_BSNd.is_cuda
+    return short and q_BSNd.shape[-1] <= HEAD_SIZE and triton_runs(q_BSNd.device, q_BSNd.dtype)
+
+
+def attend_heads(
+    q_BSNd: Tensor,
+    k_BLGd: Tensor,
+    v_BLGd: Tensor,
+    first_BS: Tensor,
+    scale: float,
+    gate_BSN: Tensor | None = None,
+    on_BSN: Tensor | None = None,
+    most: int | None = None,
+) -> Tensor:
+    """Causal attention times a gate per head, over the heads that are on: [B, S, N, d].
+
+    Query s of the last S keys sees those from first_BS[b, s] to its own. Heads that are off are not
+    computed, give zeros and get no gradient, nor does their gate; `most` is how many (token, head)
+    pairs can be on, B · S · N unless told. Raises ValueError where shapes do not agree.
+    """
+    batch, length, heads, size = q_BSNd.shape
+    keys, groups = k_BLGd.shape[1:3]
+    if k_BLGd.shape != v_BLGd.shape or k_BLGd.shape != (batch, keys, groups, size):
+        raise ValueError(
+            f"attend_heads shapes disagree: q {tuple(q_BSNd.shape)}, k {tuple(k_BLGd.shape)}, v "
+            f"{tuple(v_BLGd.shape)}. Expected q [B, S, N, d], k and v [B, L, G, d]."
+        )
+    if heads % groups or keys < length:
+        raise ValueError(
+            f"attend_heads: {heads} heads over {groups} KV heads, {length} queries and {keys} "
+            "keys. KV heads must divide heads, and every query's own key must be there."
+        )
+    for name, tensor in (("gate", gate_BSN), ("on", on_BSN)):
+        if tensor is not None and tensor.shape != (batch, length, heads):
+            raise ValueError(f"attend_heads: {name} is {tuple(tensor.shape)}, not [B, S, N].")
+    if not attends_heads(q_BSNd):
+        given = q_BSNd, k_BLGd, v_BLGd, first_BS, scale, gate_BSN, on_BSN
+        return heads_naive.attend_heads(*given)
+    rows: list[Tensor] = []
+    if on_BSN is not None:
+        made = triton_module("heads.triton").rows_of(on_BSN, groups, most or on_BSN.numel())
+        rows = list(made)
+    q, k, v = (t if t.stride(-1) == 1 else t.contiguous() for t in (q_BSNd, k_BLGd, v_BLGd))
+    gate = None if gate_BSN is None else gate_BSN.contiguous()
+    first = first_BS.to(torch.int32).contiguous()
+    return heads_op.attend_heads(q, k, v, gate, first, rows, scale)[0]

@@ -2,8 +2,8 @@
 
 Tuning while training makes ranks disagree, changes the order of sums from run to run, and takes
 memory when there is none. The tables are JSON: architecture, dtype, kernel and rows of a tile,
-which follow from the tokens per expert, then sizes HxI or "*". `MOE_KERNELS_TABLE` names a file of
-the same form, which comes first.
+which follow from the tokens per expert (for attention: the head size), then sizes HxI or "*".
+`MOE_KERNELS_TABLE` names a file of the same form, which comes first.
 """
 
 import functools
@@ -17,7 +17,7 @@ import torch
 
 from moe.kernels.device import interpreted, num_processors
 
-SHIPPED = Path(__file__).parent / "tables" / "routed_mlp.json"
+SHIPPED = Path(__file__).parent / "tables" / "kernels.json"
 
 
 @dataclass(frozen=True, slots=True)

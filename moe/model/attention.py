@@ -7,6 +7,7 @@ import copy
 from collections.abc import Callable
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 from transformers.cache_utils import Cache
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
@@ -21,7 +22,11 @@ from moe.kernels import ops
 from moe.model.config import RoutedLlamaConfig
 from moe.model.losses import RoutingLoad
 from moe.model.router import attention_router
-from moe.model.spec import AttentionSpec, BAMAttention
+from moe.model.spec import AttentionSpec, BAMAttention, MoHAttention
+
+# Heads on per token, as a share, up to which leaving the others out is worth a list of rows: half
+# to three quarters by arithmetic, since scattered rows lose at a tile's edges. Not timed yet.
+SPARSE_BELOW = 0.6
 
 
 class RoutedAttention(LlamaAttention):
@@ -35,9 +40,13 @@ class RoutedAttention(LlamaAttention):
         spec = config.attention_spec(layer)
         wide = widened(config, spec)
         super().__init__(wide, layer)
+        moh = spec if isinstance(spec, MoHAttention) and spec.router == "qnorm" else None
+        # a straight-through router learns from what heads would have been worth
+        self.learns_from_heads_that_are_off = moh is not None and moh.straight_through == "all"
         self.config = config  # the model's own: its attention implementation can be changed
         assert config.layer_types is not None and wide.num_key_value_heads is not None
         num_heads, head_dim = wide.num_attention_heads, self.head_dim
+        self.heads_on = heads_on(spec, num_heads, wide.num_key_value_heads)
         if config.attention_output_bias != config.attention_bias:  # Qwen2: q, k and v only
             self.o_proj = nn.Linear(
                 num_heads * head_dim, config.hidden_size, bias=bool(config.attention_output_bias)
@@ -64,9 +73,13 @@ class RoutedAttention(LlamaAttention):
         valid_T: Tensor | None = None,
         reference_R: Tensor | None = None,
         cache: Cache | None = None,
+        reach_BS: Tensor | None = None,
         **kwargs: Any,
     ) -> tuple[Tensor, Tensor | None, RoutingLoad | None]:
-        """Output [B, S, H], attention weights where the implementation gives them, head load."""
+        """Output [B, S, H], attention weights where the implementation gives them, head load.
+
+        `reach_BS`, where a mask can be said so, is how far back each query sees (`reach`).
+        """
         batch, length, _ = x_BSH.shape
         q_BSNd, k_BSGd, v_BSGd = (
             projection(x_BSH).view(batch, length, -1, self.head_dim)
@@ -84,6 +97,10 @@ class RoutedAttention(LlamaAttention):
         cache = past_key_values if cache is None else cache
         if cache is not None:
             key, value = cache.update(key, value, self.layer_idx)
+        if gate is not None and reach_BS is not None and ops.attends_heads(query):
+            gate_BSN = gate.view(batch, length, -1)
+            heads_BSNd = self._attend_gated(query, key, value, gate_BSN, reach_BS)
+            return self.o_proj(heads_BSNd.reshape(batch, length, -1)), None, load
         attend: Callable = ALL_ATTENTION_FUNCTIONS.get_interface(
             self.config._attn_implementation, eager_attention_forward
         )
@@ -101,6 +118,52 @@ class RoutedAttention(LlamaAttention):
         if gate is not None:
             heads_BSNd = ops.gate_heads(heads_BSNd, gate.view(batch, length, -1))
         return self.o_proj(heads_BSNd.reshape(batch, length, -1)), weights, load
+
+    def _attend_gated(
+        self, query: Tensor, key: Tensor, value: Tensor, gate_BSN: Tensor, reach_BS: Tensor
+    ) -> Tensor:
+        """Attention and gate in one kernel; heads that are off are left out where that pays."""
+        q_BSNd, k_BLGd, v_BLGd = (t.transpose(1, 2) for t in (query, key, value))
+        batch, length, heads = gate_BSN.shape
+        place_S = torch.arange(length, device=query.device) + k_BLGd.shape[1] - length
+        if self.sliding_window is not None:
+            reach_BS = reach_BS.clamp(max=self.sliding_window - 1)
+        first_BS = (place_S - reach_BS).clamp(min=0)
+        on_BSN, most = None, None
+        asks = self.learns_from_heads_that_are_off and gate_BSN.requires_grad
+        if self.heads_on <= SPARSE_BELOW * heads and not asks:
+            on_BSN, most = gate_BSN.detach() != 0, batch * length * self.heads_on
+        given = q_BSNd, k_BLGd, v_BLGd, first_BS, self.scaling
+        return ops.attend_heads(*given, gate_BSN, on_BSN, most)
+
+
+def heads_on(spec: AttentionSpec, heads: int, kv_heads: int) -> int:
+    """Heads of `heads` that have a gate other than 0 per token."""
+    if not isinstance(spec, MoHAttention):
+        return heads
+    units = spec.top_k + len(spec.shared_heads)
+    return units if spec.granularity == "head" else units * heads // kv_heads
+
+
+def reach(position_ids: Tensor, attention_mask: Tensor | None, past: int) -> Tensor | None:
+    """How many keys before its own each query may see [B, S]: those of its document, or after the
+    padding on the left; negative for padding. None where a 2-D mask has holes.
+    """
+    length = position_ids.shape[1]
+    place_S = torch.arange(length, device=position_ids.device)
+    if attention_mask is None:
+        begin_BS = torch.zeros_like(position_ids)
+        if past == 0:  # documents packed into one row count their positions from 0
+            again = position_ids.diff(dim=1, prepend=position_ids[:, :1] - 1) != 1
+            begin_BS = torch.where(again, place_S, 0).cummax(1).values
+        return place_S + past - begin_BS
+    there = attention_mask.bool()
+    total = there.shape[1]
+    begin_B1 = there.int().argmax(1, keepdim=True)
+    end_B1 = total - there.int().flip(1).argmax(1, keepdim=True)
+    if not bool((there.sum(1, keepdim=True) == end_B1 - begin_B1).all()):
+        return None
+    return place_S + total - length - begin_B1
 
 
 def widened(config: RoutedLlamaConfig, spec: AttentionSpec) -> RoutedLlamaConfig:

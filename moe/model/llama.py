@@ -26,7 +26,8 @@ from transformers.utils.generic import merge_with_config_defaults
 from transformers.utils.output_capturing import OutputRecorder, capture_outputs
 
 from moe.errors import UserError
-from moe.model.attention import RoutedAttention
+from moe.kernels import ops
+from moe.model.attention import RoutedAttention, reach
 from moe.model.cache import CACHE
 from moe.model.config import RoutedLlamaConfig
 from moe.model.experts import Experts, RoutedMLP, memory_of
@@ -185,6 +186,7 @@ class RoutedLlamaModel(RoutedLlamaPreTrainedModel):
             if places_BS is None:  # padding on the left is in the positions, as in any LLaMA
                 places_BS = (attention_mask.long().cumsum(-1) - 1)[:, -length:]
         masks = self._masks(inputs_embeds, attention_mask, cache, position_ids)
+        reach_BS = self._reach(inputs_embeds, attention_mask, cache, position_ids)
         x_BSH = inputs_embeds
         position_embeddings = self.rotary_emb(x_BSH, position_ids)
         routing = []
@@ -198,6 +200,7 @@ class RoutedLlamaModel(RoutedLlamaPreTrainedModel):
                 position_embeddings=position_embeddings,
                 position_ids=position_ids,
                 places_BS=position_ids if places_BS is None else places_BS,
+                reach_BS=reach_BS,
                 use_cache=use_cache,
                 **{CACHE: cache},
                 **kwargs,
@@ -205,6 +208,26 @@ class RoutedLlamaModel(RoutedLlamaPreTrainedModel):
             routing.append(layer_routing)
         kept: dict[str, Any] = {CACHE: cache if use_cache else None}
         return RoutedModelOutput(last_hidden_state=self.norm(x_BSH), routing=tuple(routing), **kept)
+
+    def _reach(
+        self,
+        inputs_embeds: Tensor,
+        attention_mask: Tensor | dict[str, Tensor] | None,
+        cache: Cache | None,
+        position_ids: Tensor,
+    ) -> Tensor | None:
+        """What our own attention takes in place of a mask [B, S]; None where it does not run."""
+        if not (attention_mask is None or isinstance(attention_mask, Tensor)):
+            return None
+        planar = attention_mask is None or attention_mask.ndim == 2
+        drops = self.training and self.config.attention_dropout
+        preallocated = getattr(cache, "is_compileable", False)  # its last keys are not the newest
+        runs = ops.triton_runs(inputs_embeds.device, inputs_embeds.dtype)
+        sdpa = self.config._attn_implementation == "sdpa"
+        if not planar or drops or preallocated or not runs or not sdpa:
+            return None
+        past = 0 if cache is None else cache.get_seq_length()
+        return reach(position_ids.expand(len(inputs_embeds), -1), attention_mask, past)
 
     def _masks(
         self,

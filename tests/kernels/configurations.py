@@ -8,6 +8,7 @@ import triton
 import triton.language as tl
 
 from moe.kernels import tiling
+from moe.kernels.heads import attention
 from moe.kernels.route import triton as route
 from moe.kernels.routed_mlp import gemm, gradients
 
@@ -31,6 +32,9 @@ def configurations(arch: str, dtype: str) -> Iterator[Configuration]:
 def tiled(arch: str, dtype: str) -> Iterator[Configuration]:
     """The kernels whose tiles come from the table."""
     for kernel, by_rows in tiling.table(str(tiling.SHIPPED))[arch][dtype].items():
+        if kernel.startswith("attend"):
+            yield from heads(kernel, dtype, by_rows)
+            continue
         for rows, by_size in by_rows.items():
             for size, cut in by_size.items():
                 found = tiling.Tiling(**cut)
@@ -41,6 +45,26 @@ def tiled(arch: str, dtype: str) -> Iterator[Configuration]:
                 }  # fmt: skip
                 options = {"num_warps": found.warps, "num_stages": found.stages}
                 yield f"{kernel} {dtype} {rows} {size}", fn, arguments, options
+
+
+def heads(kernel: str, dtype: str, by_size: dict[str, Any]) -> Iterator[Configuration]:
+    """A kernel of attention, over all rows and over some."""
+    values = POINTERS[dtype]
+    strides = {f"{t}_{s}": STEP for t in "qkv" for s in "bsnlg"}
+    tensors = dict.fromkeys(("q", "k", "v", "out", "raw", "dout", "dq", "dk", "dv"), values)
+    floats = dict.fromkeys(("gate", "sums", "dgate", "deltas"), FLOATS)
+    numbers = {"S": "i32", "L": "i32", "scale": "fp32", "scale_e": "fp32", "first": INTS}
+    for size, sparse in itertools.product(("64", "128"), (False, True)):
+        found = tiling.Tiling(**(by_size.get(size) or by_size["*"])["*"])
+        arguments = strides | tensors | floats | numbers | {
+            "rows": INTS if sparse else None, "segments": INTS if sparse else None,
+            "starts": INTS if sparse else None, "N": 32, "G": 8, "D": int(size), "DP": int(size),
+            "SPARSE": sparse, "GATED": True, "BM": found.block_m, "BN": found.block_n,
+            "UPCAST": False, "PRECISION": "tf32", "ACC": tl.float32,
+        }  # fmt: skip
+        name = f"{kernel} {dtype} {size} {'some' if sparse else 'all'}"
+        options = {"num_warps": found.warps, "num_stages": found.stages}
+        yield name, getattr(attention, kernel), arguments, options
 
 
 def routed_mlp(kernel: str, values: str) -> tuple[Any, dict[str, Any]]:

@@ -9,8 +9,13 @@ import pytest
 import test_battery as battery
 
 BACKENDS = ("naive", "cpu", "triton")
-CASES = [("moe", "alike", "9/3"), ("uoe+moh+moe", "listed", "8/8")]
-MORE = [("moe-sigmoid-shared-bias", "alike", "9/3"), ("moe-raw", "alternating", "8/8"),
+CASES = [
+    ("moe", "alike", "9/3"),
+    ("uoe+moh+moe", "listed", "8/8"),
+    ("bam-both-kv", "listed", "9/3"),
+]
+MORE = [("moh", "alike", "9/3"), ("moh-kv_group", "alike", "9/3"), ("two_stage", "alike", "8/8"),
+        ("moe-sigmoid-shared-bias", "alike", "9/3"), ("moe-raw", "alternating", "8/8"),
         ("uoe-mlp-threshold", "alike", "9/3"), ("bam-parallel", "alike", "9/3"),
         ("uoe-mlp-soft-shared", "alternating", "9/3")]  # fmt: skip
 TESTS = [

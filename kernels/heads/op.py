@@ -1,0 +1,109 @@
+"""Attention with a gate per head in Triton, as an operator that autograd and torch.compile know."""
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from moe.kernels.backend import triton_module
+
+
+def _rows(listed: list[Tensor]) -> Any:
+    return triton_module("heads.triton").Rows(*listed) if listed else None
+
+
+@torch.library.custom_op("moe::attend_heads", mutates_args=())
+def attend_heads(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    gate: Tensor | None,
+    first: Tensor,
+    rows: list[Tensor],
+    scale: float,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Gated outputs, ungated ones and the softmax's sums (heads/triton.py)."""
+    triton = triton_module("heads.triton")
+    return triton.forward(q, k, v, first, scale, gate, _rows(rows))
+
+
+@attend_heads.register_fake
+def _(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    gate: Tensor | None,
+    first: Tensor,
+    rows: list[Tensor],
+    scale: float,
+) -> tuple[Tensor, Tensor, Tensor]:
+    wide = torch.promote_types(q.dtype, torch.float32)
+    kept = rows[0].shape[0] if rows else q.shape[0] * q.shape[1] * q.shape[2]
+    out = q.new_empty(q.shape)
+    raw = q.new_empty(0) if gate is None else q.new_empty(q.shape)
+    return out, raw, q.new_empty(kept, dtype=wide)
+
+
+@torch.library.custom_op("moe::attend_heads_backward", mutates_args=())
+def _backward(
+    dout: Tensor,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    gate: Tensor | None,
+    first: Tensor,
+    rows: list[Tensor],
+    scale: float,
+    raw: Tensor,
+    sums: Tensor,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    triton = triton_module("heads.triton")
+    return triton.backward(dout, q, k, v, first, scale, gate, _rows(rows), raw, sums)
+
+
+@_backward.register_fake
+def _(
+    dout: Tensor,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    gate: Tensor | None,
+    first: Tensor,
+    rows: list[Tensor],
+    scale: float,
+    raw: Tensor,
+    sums: Tensor,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    dgate = sums.new_empty(0) if gate is None else torch.empty_like(gate)
+    return q.new_empty(q.shape), k.new_empty(k.shape), v.new_empty(v.shape), dgate
+
+
+def _save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor, Tensor]) -> None:
+    q, k, v, gate, first, rows, ctx.scale = inputs
+    out, raw, sums = output
+    ctx.save_for_backward(q, k, v, gate, first, out if gate is None else raw, sums, *rows)
+    ctx.mark_non_differentiable(raw, sums)
+    ctx.set_materialize_grads(False)
+
+
+def _differentiate(ctx: Any, dout: Tensor | None, *unused: None) -> tuple[Any, ...]:
+    q, k, v, gate, first, raw, sums, *rows = ctx.saved_tensors
+    nothing: list[None] = [None] * len(rows)
+    if dout is None:
+        return None, None, None, None, None, nothing, None
+    dq, dk, dv, dgate = _backward(
+        dout.contiguous(), q, k, v, gate, first, rows, ctx.scale, raw, sums
+    )
+    need = ctx.needs_input_grad
+    return (
+        dq if need[0] else None,
+        dk if need[1] else None,
+        dv if need[2] else None,
+        dgate if need[3] else None,
+        None,
+        nothing,
+        None,
+    )
+
+
+attend_heads.register_autograd(_differentiate, setup_context=_save)

@@ -1,0 +1,202 @@
+"""Attention with a gate per head in Triton against its specification in float64."""
+
+from pathlib import Path
+
+import pytest
+import torch
+from torch import Tensor
+
+from moe.kernels import ops
+from moe.kernels.heads import attention, naive
+from moe.kernels.heads import triton as kernels
+
+NAMES = ("out", "dq", "dk", "dv", "dgate")
+SHAPES = {  # B, S, L, N, G, d: tiles of 32 rows and 32 keys
+    "grouped": (2, 70, 70, 4, 2, 16),
+    "9 over 3, odd size": (1, 41, 41, 9, 3, 24),
+    "one head a key": (2, 33, 33, 3, 3, 8),
+    "one KV head": (1, 50, 50, 8, 1, 16),
+    "a cached prefix": (2, 17, 60, 4, 2, 8),
+    "one token": (1, 1, 1, 4, 2, 8),
+    "decoding": (2, 1, 65, 4, 2, 16),
+}
+
+
+@pytest.fixture(autouse=True)
+def _triton(monkeypatch):
+    monkeypatch.setenv("MOE_KERNELS", "triton")
+
+
+def case(shape, mask="causal", keep=None, dtype=torch.float64) -> dict[str, Tensor | None]:
+    """Queries as a model has them, [B, N, S, d] seen as [B, S, N, d]; keys a slice of a cache."""
+    batch, length, keys, heads, groups, size = shape
+    place = torch.arange(length) + keys - length
+    first = {
+        "causal": torch.zeros(length),
+        "window": (place - 12).clamp(min=0),
+        "documents": torch.where(place >= 20, 20, 0),
+        "padding": torch.full((length,), min(5, keys)),  # the first five see nothing
+    }[mask]
+    on = None
+    if keep:
+        chosen = torch.rand(batch, length, heads).topk(keep, 2).indices
+        on = torch.zeros(batch, length, heads, dtype=torch.bool).scatter_(2, chosen, True)
+    return {
+        "q": torch.randn(batch, heads, length, size).to(dtype).transpose(1, 2),
+        "k": torch.randn(batch, groups, keys + 3, size).to(dtype)[:, :, :keys].transpose(1, 2),
+        "v": torch.randn(batch, keys, groups, size).to(dtype),
+        "gate": torch.rand(batch, length, heads).to(torch.promote_types(dtype, torch.float32)),
+        "first": first.expand(batch, length).to(torch.int32),
+        "on": on,
+        "dout": torch.randn(batch, length, heads, size).to(dtype),
+    }
+
+
+def results(function, given, wide=None, gated=True) -> dict[str, Tensor]:
+    names = ("q", "k", "v", "gate") if gated else ("q", "k", "v")
+    leaves = [given[n].detach().to(wide or given[n].dtype).requires_grad_() for n in names]
+    q, k, v, *gate = leaves
+    out = function(q, k, v, given["first"], q.shape[-1] ** -0.5, gate[0] if gate else None,
+                   given["on"])  # fmt: skip
+    gradients = torch.autograd.grad(out, leaves, given["dout"].to(out.dtype))
+    return dict(zip(NAMES, (out.detach(), *gradients), strict=False))
+
+
+def assert_close(given, bound, gated=True) -> None:
+    expected = results(naive.attend_heads, given, torch.float64, gated)
+    for name, actual in results(ops.attend_heads, given, gated=gated).items():
+        error = (actual.double() - expected[name]).norm() / expected[name].norm().clamp(min=1e-3)
+        assert error < bound, f"{name}: {error:.1e}"
+
+
+@pytest.mark.parametrize("mask", [
+    "causal", "window", *(pytest.param(m, marks=pytest.mark.slow) for m in ("documents", "padding"))
+])  # fmt: skip
+@pytest.mark.parametrize("keep", [None, 1, 2], ids=["all", "one", "two"])
+@pytest.mark.parametrize("shape", SHAPES.values(), ids=SHAPES)
+def test_outputs_and_gradients_are_the_specifications(shape, keep, mask):
+    assert_close(case(shape, mask, keep), 1e-12)
+
+
+@pytest.mark.parametrize("keep", [None, 2])
+def test_without_a_gate(keep):
+    assert_close(case(SHAPES["grouped"], keep=keep), 1e-12, gated=False)
+
+
+@pytest.mark.parametrize("keep", [None, 3])
+def test_float32_is_within_its_rounding(keep):
+    assert_close(case(SHAPES["9 over 3, odd size"], "window", keep, torch.float32), 1e-6)
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_short_dtypes_are_as_close_as_plain_torch(dtype):
+    given = case(SHAPES["grouped"], keep=2, dtype=dtype)
+    exact = results(naive.attend_heads, given, torch.float64)
+    plain, ours = results(naive.attend_heads, given), results(ops.attend_heads, given)
+    for name in NAMES:
+        errors = [(r[name].double() - exact[name]).norm() for r in (ours, plain)]
+        assert errors[0] <= 1.5 * errors[1], name
+
+
+def test_what_is_off_is_zero_and_gets_nothing():
+    given = case(SHAPES["grouped"], keep=1)
+    found = results(ops.attend_heads, given)
+    for name in ("out", "dq", "dgate"):
+        assert found[name][~given["on"]].abs().sum() == 0, name
+        assert found[name][given["on"]].abs().min() >= 0 and found[name].abs().sum() > 0
+
+
+def test_every_head_may_be_on_or_off_anywhere():
+    """Segments of any length, empty ones among them; room for more rows than there are."""
+    given = case(SHAPES["grouped"])
+    given["on"] = torch.rand(2, 70, 4) < torch.tensor([0.9, 0.1, 0.0, 0.0])
+    given["on"][1] = False
+    assert_close(given, 1e-12)
+
+
+def test_rows_are_sorted_within_their_segments():
+    on = torch.rand(2, 30, 6) < 0.4
+    rows = kernels.rows_of(on, 3, on.numel())
+    for segment in range(6):
+        batch, group = divmod(segment, 3)
+        begin, end = rows.segment[segment : segment + 2].tolist()
+        wanted = on[batch, :, 2 * group : 2 * group + 2].flatten().nonzero().flatten()
+        assert rows.row_R[begin:end].tolist() == wanted.tolist()
+        for position in (0, 7, 29):
+            later = wanted[wanted >= 2 * position]
+            assert end - rows.start[segment, position] == len(later)
+
+
+def test_the_gate_of_a_head_with_weight_zero_has_a_gradient():
+    """A straight-through router asks what a head would have been worth that it switched off."""
+    given = case(SHAPES["grouped"])
+    given["gate"][:, :, 1] = 0
+    assert_close(given, 1e-12)
+    assert results(ops.attend_heads, given)["dgate"][:, :, 1].abs().min() > 0
+
+
+def test_gradcheck():
+    given = case((1, 9, 11, 4, 2, 4), "window", keep=3)
+    leaves = [given[n].clone().requires_grad_() for n in ("q", "k", "v", "gate")]
+
+    def function(q, k, v, gate):
+        return ops.attend_heads(q, k, v, given["first"], 0.5, gate, given["on"])
+
+    assert torch.autograd.gradcheck(function, leaves, fast_mode=True)
+
+
+def test_bits_repeat():
+    given = case(SHAPES["grouped"], keep=2, dtype=torch.float32)
+    first = results(ops.attend_heads, given)
+    for _ in range(3):
+        again = results(ops.attend_heads, given)
+        assert all(torch.equal(first[name], again[name]) for name in first)
+
+
+MUTATIONS = {
+    "a key too many": ("key[None, :] <= high[:, None]", "key[None, :] <= high[:, None] + 1"),
+    "a window too wide": ("key[None, :] >= low[:, None]", "key[None, :] >= low[:, None] - 1"),
+    "a window's edge taken as full": ("low, 0), 0) + BN - 1) // BN) * BN", "low, 0), 0)) * 0)"),
+    "sums not rescaled": ("total * shrink + tl.sum(p, 1)", "total + tl.sum(p, 1)"),
+    "delta ungated": ("delta = delta * weight", "delta = delta * 1"),
+    "keys of another head": ("k + batch * k_b + head_g * k_g, v +", "k + batch * k_b, v +"),
+    "dkv of all rows' gates": ("zero, UPCAST, PRECISION) * scale", "zero, UPCAST, PRECISION)"),
+    "dq unscaled": ("narrow(acc * scale_e, dq", "narrow(acc, dq"),
+}
+
+
+@pytest.mark.filterwarnings("ignore::RuntimeWarning")
+@pytest.mark.parametrize("mutation", MUTATIONS)
+def test_a_broken_kernel_is_found(mutation, monkeypatch, tmp_path):
+    there, instead = MUTATIONS[mutation]
+    text = Path(attention.__file__).read_text()
+    assert there in text
+    path = tmp_path / "broken.py"
+    path.write_text(text.replace(there, instead))
+    broken: dict = {"__name__": "broken", "__file__": str(path)}
+    exec(compile(path.read_text(), path, "exec"), broken)
+    for name in ("attend", "attend_dq", "attend_dkv"):
+        monkeypatch.setattr(attention, name, broken[name])
+    with pytest.raises(AssertionError):
+        assert_close(case(SHAPES["grouped"], "window"), 1e-12)
+        assert_close(case((1, 140, 140, 4, 2, 16)), 1e-12)
+
+
+def test_opcheck():
+    given = case(SHAPES["grouped"], keep=2, dtype=torch.float32)
+    rows = list(kernels.rows_of(given["on"], 2, 2 * 70 * 2))
+    leaves = [given[n].requires_grad_() for n in ("q", "k", "v", "gate")]
+    first = given["first"].contiguous()
+    torch.library.opcheck(torch.ops.moe.attend_heads.default, (*leaves, first, rows, 0.25))
+    torch.library.opcheck(torch.ops.moe.attend_heads.default, (*leaves, first, [], 0.25))
+
+
+def test_wrong_inputs_are_refused_in_words():
+    given = case(SHAPES["grouped"])
+    q, k, v, first, gate = (given[n] for n in ("q", "k", "v", "first", "gate"))
+    with pytest.raises(ValueError, match=r"k and v \[B, L, G, d\]"):
+        ops.attend_heads(q, k[:, :5], v, first, 1.0)
+    with pytest.raises(ValueError, match="4 heads over 2 KV heads, 70 queries and 9 keys"):
+        ops.attend_heads(q, k[:, :9], v[:, :9], first, 1.0)
+    with pytest.raises(ValueError, match=r"gate is \(2, 70, 3\), not \[B, S, N\]"):
+        ops.attend_heads(q, k, v, first, 1.0, gate[..., :3])
