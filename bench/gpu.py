@@ -1,6 +1,6 @@
 """The Triton kernels on a GPU: right first, then how fast, against torch and against peers.
 
-make gpu [ONLY="correctness routing kernels layer"] [RESULTS=DIR] [PEERS=DIR]
+make gpu [ONLY="correctness routing kernels heads layer"] [RESULTS=DIR] [PEERS=DIR]
 
 Writes gpu_SECTION.json and .md into RESULTS; a section that is there is not run again unless ONLY
 names it. `--toy` runs everything at toy sizes in Triton's interpreter, which times nothing.
@@ -21,6 +21,7 @@ from typing import Any
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # no installation is needed
 
 import torch
+from gpu_heads import heads
 from gpu_peers import PEERS, add_to_path
 from machine import PACKAGES
 from report import Goal, publish
@@ -301,7 +302,8 @@ def memory(
 
 
 SECTIONS: dict[str, Callable[[Bench], Section]] = {
-    "correctness": correctness, "routing": routing, "kernels": kernels, "layer": layer,
+    "correctness": correctness, "routing": routing, "kernels": kernels, "heads": heads,
+    "layer": layer,
 }  # fmt: skip
 
 

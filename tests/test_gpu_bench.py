@@ -10,7 +10,7 @@ import pytest
 import torch
 
 ROOT = Path(__file__).resolve().parents[1]
-SECTIONS = ("correctness", "routing", "kernels", "layer")
+SECTIONS = ("correctness", "routing", "kernels", "heads", "layer")
 
 
 def bench(*arguments: object, **environment: str) -> subprocess.CompletedProcess[str]:
