@@ -168,8 +168,7 @@ def routed_mlp(
     Raises ValueError where shapes, dtypes or devices do not agree.
     """
     if torch.is_autocast_enabled(x.device.type):
-        dtype = torch.get_autocast_dtype(x.device.type)
-        x, w1, w2 = x.to(dtype), w1.to(dtype), w2.to(dtype)
+        x, w1, w2 = (t.to(_cast_to(x)) for t in (x, w1, w2))
     _check(x, w1, w2, indices, weights)
     path = backend(x, w1, w2, indices.shape[1])
     if path == "naive":
@@ -206,8 +205,17 @@ def _check(x: Tensor, w1: Tensor, w2: Tensor, indices: Tensor, weights: Tensor) 
 
 def attends_heads(q_BSNd: Tensor) -> bool:
     """Whether `attend_heads` has a kernel for these queries: Triton's, in 16 bits on a GPU."""
-    short = q_BSNd.dtype in (torch.bfloat16, torch.float16) or not q_BSNd.is_cuda
-    return short and q_BSNd.shape[-1] <= HEAD_SIZE and triton_runs(q_BSNd.device, q_BSNd.dtype)
+    dtype, device = _cast_to(q_BSNd), q_BSNd.device
+    short = dtype in (torch.bfloat16, torch.float16) or device.type == "cpu"
+    return short and q_BSNd.shape[-1] <= HEAD_SIZE and triton_runs(device, dtype)
+
+
+def _cast_to(tensor: Tensor) -> torch.dtype:
+    """The dtype that a matmul would take this tensor in: autocast's, where it is on."""
+    device = tensor.device.type
+    if torch.is_autocast_enabled(device):
+        return torch.get_autocast_dtype(device)
+    return tensor.dtype
 
 
 def attend_heads(
@@ -224,10 +232,20 @@ def attend_heads(
 
     Query s of the last S keys sees those from first_BS[b, s] to its own. Heads that are off are not
     computed, give zeros and get no gradient, nor does their gate; `most` is how many (token, head)
-    pairs can be on, B · S · N unless told. Raises ValueError where shapes do not agree.
+    pairs can be on, B · S · N unless told. Under autocast q, k and v are cast as a matmul's would
+    be. Raises ValueError where shapes or dtypes do not agree.
     """
+    dtype = _cast_to(q_BSNd)
+    if torch.is_autocast_enabled(q_BSNd.device.type):
+        q_BSNd, k_BLGd, v_BLGd = (t.to(dtype) for t in (q_BSNd, k_BLGd, v_BLGd))
+    if q_BSNd.dtype != k_BLGd.dtype or k_BLGd.dtype != v_BLGd.dtype:
+        raise ValueError(
+            f"attend_heads dtypes differ: q {q_BSNd.dtype}, k {k_BLGd.dtype}, v {v_BLGd.dtype}."
+        )
     batch, length, heads, size = q_BSNd.shape
     keys, groups = k_BLGd.shape[1:3]
+    if first_BS.shape != (batch, length):
+        raise ValueError(f"attend_heads: first is {tuple(first_BS.shape)}, not [B, S].")
     if k_BLGd.shape != v_BLGd.shape or k_BLGd.shape != (batch, keys, groups, size):
         raise ValueError(
             f"attend_heads shapes disagree: q {tuple(q_BSNd.shape)}, k {tuple(k_BLGd.shape)}, v "

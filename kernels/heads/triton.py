@@ -26,7 +26,10 @@ class Rows(NamedTuple):
 
 
 def rows_of(on_BSN: Tensor, groups: int, most: int) -> Rows:
-    """The rows of a mask; `most` is how many there can be, so that nothing asks the device."""
+    """The rows of a mask; `most` is how many there can be, so that nothing asks the device.
+
+    A mask with more (a gate of nan is on everywhere) loses those after `most`.
+    """
     batch, length, heads = on_BSN.shape
     on = on_BSN.view(batch, length, groups, heads // groups).permute(0, 2, 1, 3)
     flat = on.reshape(batch * groups, -1).int()
@@ -34,12 +37,13 @@ def rows_of(on_BSN: Tensor, groups: int, most: int) -> Rows:
     count = place[:, -1]
     segment = torch.zeros(batch * groups + 1, dtype=torch.int32, device=on_BSN.device)
     segment[1:] = count.cumsum(0)
-    slot = torch.where(flat > 0, segment[:-1, None] + place - 1, most)
+    slot = torch.where(flat > 0, segment[:-1, None] + place - 1, most).clamp(max=most)
     row = torch.arange(flat.shape[1], dtype=torch.int32, device=on_BSN.device)
     rows = torch.empty(most + 1, dtype=torch.int32, device=on_BSN.device)
     rows[slot.flatten().long()] = row.repeat(batch * groups)  # what is off goes past the end
     before = (place - flat).view(batch * groups, length, -1)[:, :, 0]
-    return Rows(rows[:-1], segment, (segment[:-1, None] + before).int().contiguous())
+    start = (segment[:-1, None] + before).clamp(max=most)
+    return Rows(rows[:-1], segment.clamp(max=most), start.int().contiguous())
 
 
 class _Launch:

@@ -103,7 +103,8 @@ def test_what_is_off_is_zero_and_gets_nothing():
     found = results(ops.attend_heads, given)
     for name in ("out", "dq", "dgate"):
         assert found[name][~given["on"]].abs().sum() == 0, name
-        assert found[name][given["on"]].abs().min() >= 0 and found[name].abs().sum() > 0
+    for name in ("out", "dgate"):  # dq is zero at the first token, which sees one key alone
+        assert found[name][given["on"]].reshape(140, -1).norm(dim=1).min() > 0, name
 
 
 def test_every_head_may_be_on_or_off_anywhere():
@@ -112,6 +113,21 @@ def test_every_head_may_be_on_or_off_anywhere():
     given["on"] = torch.rand(2, 70, 4) < torch.tensor([0.9, 0.1, 0.0, 0.0])
     given["on"][1] = False
     assert_close(given, 1e-12)
+
+
+def test_a_mask_with_more_rows_than_there_is_room_for_stays_within_it():
+    """As gates of nan make one: a step that is thrown away must not write past its memory."""
+    rows = kernels.rows_of(torch.ones(2, 30, 6, dtype=torch.bool), 3, 50)
+    assert len(rows.row_R) == 50
+    assert rows.segment.max() == 50 and rows.start.max() == 50 and rows.segment.min() == 0
+
+
+def test_autocast_casts_as_a_matmul_does():
+    given = case(SHAPES["grouped"], dtype=torch.float32)
+    with torch.autocast("cpu", torch.bfloat16):
+        out = ops.attend_heads(given["q"], given["k"], given["v"].bfloat16(), given["first"], 0.25)
+    expected = naive.attend_heads(*(given[n] for n in ("q", "k", "v", "first")), 0.25)
+    assert out.dtype == torch.bfloat16 and (out - expected).norm() / expected.norm() < 2e-2
 
 
 def test_rows_are_sorted_within_their_segments():
@@ -198,5 +214,9 @@ def test_wrong_inputs_are_refused_in_words():
         ops.attend_heads(q, k[:, :5], v, first, 1.0)
     with pytest.raises(ValueError, match="4 heads over 2 KV heads, 70 queries and 9 keys"):
         ops.attend_heads(q, k[:, :9], v[:, :9], first, 1.0)
+    with pytest.raises(ValueError, match="dtypes differ"):
+        ops.attend_heads(q, k, v.float(), first, 1.0)
+    with pytest.raises(ValueError, match=r"first is \(2, 3\), not"):
+        ops.attend_heads(q, k, v, first[:, :3], 1.0)
     with pytest.raises(ValueError, match=r"gate is \(2, 70, 3\), not \[B, S, N\]"):
         ops.attend_heads(q, k, v, first, 1.0, gate[..., :3])
