@@ -23,12 +23,15 @@ def add_to_path(folder: Path | None) -> dict[str, str]:
     for place in sorted(folder.iterdir()) if folder else []:
         if place.is_dir():
             sys.path.insert(0, str(place))
-            asked = ["git", "-C", str(place), "rev-parse", "--short", "HEAD"]
-            found = subprocess.run(asked, capture_output=True, text=True, check=False)
             noted = place / "COMMIT"
-            commits[place.name] = found.stdout.strip() or (
-                noted.read_text().strip() if noted.is_file() else "unknown commit"
-            )
+            if noted.is_file():
+                commits[place.name] = noted.read_text().strip()
+            elif (place / ".git").exists():
+                asked = ["git", "-C", str(place), "rev-parse", "--short", "HEAD"]
+                found = subprocess.run(asked, capture_output=True, text=True, check=False)
+                commits[place.name] = found.stdout.strip()
+            else:
+                commits[place.name] = "unknown commit"
     return commits
 
 

@@ -47,7 +47,6 @@ CACHE_BYTES = 48 * 2**20
 
 forced_backend = forced
 HEAD_SIZE = 128  # the largest that the attention kernels have tilings for
-gate_heads = heads_naive.gate_heads
 weigh = route_naive.weigh
 
 
@@ -203,6 +202,18 @@ def _check(x: Tensor, w1: Tensor, w2: Tensor, indices: Tensor, weights: Tensor) 
         raise ValueError(f"routed_mlp's tensors are on {' and '.join(sorted(devices))}.")
 
 
+def gate_heads(heads_BSNd: Tensor, gate_BSN: Tensor) -> Tensor:
+    """Head outputs [B, S, N, d] times a gate [B, S, N]; a gate of 1 leaves them bitwise alone."""
+    if heads_BSNd.shape[:-1] != gate_BSN.shape:
+        raise ValueError(
+            f"gate_heads: a gate {tuple(gate_BSN.shape)} for heads {tuple(heads_BSNd.shape)}. "
+            "Expected [B, S, N] for [B, S, N, d]."
+        )
+    if not triton_runs(heads_BSNd.device, heads_BSNd.dtype):
+        return heads_naive.gate_heads(heads_BSNd, gate_BSN)
+    return heads_op.gate_heads(heads_BSNd.contiguous(), gate_BSN.contiguous())
+
+
 def attends_heads(q_BSNd: Tensor) -> bool:
     """Whether `attend_heads` has a kernel for these queries: Triton's, in 16 bits on a GPU."""
     dtype, device = _cast_to(q_BSNd), q_BSNd.device
@@ -262,11 +273,17 @@ def attend_heads(
     if not attends_heads(q_BSNd):
         given = q_BSNd, k_BLGd, v_BLGd, first_BS, scale, gate_BSN, on_BSN
         return heads_naive.attend_heads(*given)
+    q, k, v = (t if t.stride(-1) == 1 else t.contiguous() for t in (q_BSNd, k_BLGd, v_BLGd))
+    gate = None if gate_BSN is None else gate_BSN.contiguous()
+    first = first_BS.to(torch.int32).contiguous()
+    learns = torch.is_grad_enabled() and any(
+        t is not None and t.requires_grad for t in (q, k, v, gate)
+    )
+    if length == 1 and not learns:
+        on = None if on_BSN is None else on_BSN.contiguous()
+        return heads_op.decode_heads(q, k, v, gate, on, first, scale)
     rows: list[Tensor] = []
     if on_BSN is not None:
         made = triton_module("heads.triton").rows_of(on_BSN, groups, most or on_BSN.numel())
         rows = list(made)
-    q, k, v = (t if t.stride(-1) == 1 else t.contiguous() for t in (q_BSNd, k_BLGd, v_BLGd))
-    gate = None if gate_BSN is None else gate_BSN.contiguous()
-    first = first_BS.to(torch.int32).contiguous()
     return heads_op.attend_heads(q, k, v, gate, first, rows, scale)[0]

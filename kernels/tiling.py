@@ -31,6 +31,13 @@ class Tiling:
     group: int = 8  # tiles that go through the columns side by side
     resident: int = 1  # programs per multiprocessor
     block_m: int | None = None  # where the kernel does not take the routing's tiles
+    parts: int = 4  # that an epilogue takes a tile's columns in
+    registers: int | None = None  # per thread at most, for more resident programs
+
+    def options(self) -> dict[str, int]:
+        """What the compiler is told."""
+        limit = {} if self.registers is None else {"maxnreg": self.registers}
+        return {"num_warps": self.warps, "num_stages": self.stages} | limit
 
     def grid(self, items: int, device: torch.device) -> tuple[int]:
         """Programs for so many work items."""

@@ -41,32 +41,35 @@ def _span(low, high, there, BN: tl.constexpr):
 
 
 @triton.jit
-def _scores(
-    q, k, n, low, high, there, L, k_step, scale, D: tl.constexpr, DP: tl.constexpr,
-    BN: tl.constexpr, MASKED: tl.constexpr, UPCAST: tl.constexpr, PRECISION: tl.constexpr,
-    ACC: tl.constexpr,
-):  # fmt: skip
-    """Scores of a tile's queries and one block of keys, in powers of 2; -inf where unseen."""
+def _block(
+    of, n, L, step, D: tl.constexpr, DP: tl.constexpr, BN: tl.constexpr, MASKED: tl.constexpr
+):
+    """Keys or values n to n + BN of one KV head [BN, DP]; without MASKED all of them exist."""
     key = n + tl.arange(0, BN)
     column = tl.arange(0, DP)
-    inside = (key < L)[:, None] & (column < D)[None, :]
-    k_at = k + key.to(tl.int64)[:, None] * k_step + column[None, :]
-    k_tile = tl.load(k_at, mask=inside, other=0.0)
-    acc = tl.zeros((q.shape[0], BN), ACC)
-    scores = multiply(q, tl.trans(k_tile), acc, UPCAST, PRECISION) * scale
+    at = of + key.to(tl.int64)[:, None] * step + column[None, :]
     if MASKED:
-        seen = (key[None, :] >= low[:, None]) & (key[None, :] <= high[:, None]) & there[:, None]
-        scores = tl.where(seen, scores, float("-inf"))
-    return scores, k_tile
+        tile = tl.load(at, mask=(key < L)[:, None] & (column < D)[None, :], other=0.0)
+    elif D < DP:
+        tile = tl.load(at, mask=(column < D)[None, :], other=0.0)
+    else:
+        tile = tl.load(at)
+    return tile
 
 
 @triton.jit
-def _values(v, n, L, v_step, D: tl.constexpr, DP: tl.constexpr, BN: tl.constexpr):
-    key = n + tl.arange(0, BN)
-    column = tl.arange(0, DP)
-    inside = (key < L)[:, None] & (column < D)[None, :]
-    v_at = v + key.to(tl.int64)[:, None] * v_step + column[None, :]
-    return tl.load(v_at, mask=inside, other=0.0)
+def _scores(
+    q, k_tile, n, low, high, there, BN: tl.constexpr, MASKED: tl.constexpr, UPCAST: tl.constexpr,
+    PRECISION: tl.constexpr, ACC: tl.constexpr,
+):  # fmt: skip
+    """Products of a tile's queries and one block of keys, not scaled yet; -inf where unseen."""
+    acc = tl.zeros((q.shape[0], BN), ACC)
+    scores = multiply(q, tl.trans(k_tile), acc, UPCAST, PRECISION)
+    if MASKED:
+        key = n + tl.arange(0, BN)
+        seen = (key[None, :] >= low[:, None]) & (key[None, :] <= high[:, None]) & there[:, None]
+        scores = tl.where(seen, scores, float("-inf"))
+    return scores
 
 
 @triton.jit
@@ -77,14 +80,14 @@ def _soften(
 ):  # fmt: skip
     """Softmax over some blocks of keys, on top of what was seen before."""
     for n in range(begin, end, BN):
-        scores, _ = _scores(q, k, n, low, high, there, L, k_step, scale, D, DP, BN, MASKED, UPCAST,
-                            PRECISION, ACC)  # fmt: skip
-        new = tl.maximum(largest, tl.max(scores, 1))
-        safe = tl.where(new == float("-inf"), 0, new)
-        p = tl.exp2(scores - safe[:, None])
+        k_tile = _block(k, n, L, k_step, D, DP, BN, MASKED)
+        scores = _scores(q, k_tile, n, low, high, there, BN, MASKED, UPCAST, PRECISION, ACC)
+        new = tl.maximum(largest, tl.max(scores, 1) * scale)
+        safe = tl.where(new == float("-inf"), 0, new) if MASKED else new
+        p = tl.exp2(scores * scale - safe[:, None])
         shrink = tl.exp2(largest - safe)
         total = total * shrink + tl.sum(p, 1)
-        v_tile = _values(v, n, L, v_step, D, DP, BN)
+        v_tile = _block(v, n, L, v_step, D, DP, BN, MASKED)
         weights = narrow(p, v_tile.dtype, UPCAST)
         acc = multiply(weights, v_tile, acc * shrink[:, None], UPCAST, PRECISION)
         largest = new
@@ -150,11 +153,11 @@ def _descend(
 ):  # fmt: skip
     """dq over some blocks of keys."""
     for n in range(begin, end, BN):
-        scores, k_tile = _scores(q, k, n, low, high, there, L, k_step, scale, D, DP, BN, MASKED,
-                                 UPCAST, PRECISION, ACC)  # fmt: skip
-        p = tl.exp2(scores - sums[:, None])
-        v_tile = _values(v, n, L, v_step, D, DP, BN)
-        dp = multiply(do, tl.trans(v_tile), tl.zeros(p.shape, ACC), UPCAST, PRECISION)
+        k_tile = _block(k, n, L, k_step, D, DP, BN, MASKED)
+        v_tile = _block(v, n, L, v_step, D, DP, BN, MASKED)
+        scores = _scores(q, k_tile, n, low, high, there, BN, MASKED, UPCAST, PRECISION, ACC)
+        dp = multiply(do, tl.trans(v_tile), tl.zeros(scores.shape, ACC), UPCAST, PRECISION)
+        p = tl.exp2(scores * scale - sums[:, None])
         ds = narrow(p * (dp - delta[:, None]), k_tile.dtype, UPCAST)
         dq = multiply(ds, k_tile, dq, UPCAST, PRECISION)
     return dq
@@ -162,13 +165,16 @@ def _descend(
 
 @triton.jit
 def attend_dq(
-    dout, q, k, v, gate, first, rows, segments, raw, sums, dq, dgate, deltas,
+    dout, q, k, v, gate, first, rows, segments, raw, sums, dq, dgate, draw, deltas,
     q_b, q_s, q_n, k_b, k_l, k_g, v_b, v_l, v_g, S, L, scale, scale_e,
     N: tl.constexpr, G: tl.constexpr, D: tl.constexpr, DP: tl.constexpr,
     SPARSE: tl.constexpr, GATED: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr,
     UPCAST: tl.constexpr, PRECISION: tl.constexpr, ACC: tl.constexpr,
 ):  # fmt: skip
-    """dq [B, S, N, D], and on the way each row's <dout, raw>: dgate, and times the gate deltas."""
+    """dq [B, S, N, D], and on the way each row's <dout, raw>: dgate, and times the gate deltas.
+
+    With a gate also dout times it, `draw`, which dk and dv are made from.
+    """
     M: tl.constexpr = N // G
     group = tl.program_id(1)
     batch, head_g = (group // G).to(tl.int64), group % G
@@ -190,6 +196,7 @@ def attend_dq(
             weight = tl.load(gate + row, mask=there, other=0.0).to(ACC)
             delta = delta * weight
             do = narrow(do.to(ACC) * weight[:, None], do.dtype, UPCAST)
+            tl.store(draw + out_at, do, mask=inside)
         tl.store(deltas + at, delta, mask=there)
         low = tl.load(first + batch * S + position, mask=there, other=0)
         high = position + L - S
@@ -207,54 +214,106 @@ def attend_dq(
 
 
 @triton.jit
+def _ascend(
+    k_tile, v_tile, dk, dv, begin, stop, end, n, q, draw, first, rows, sums, deltas,
+    q_s, q_n, sum_base, first_base, head0, shift, scale,
+    N: tl.constexpr, M: tl.constexpr, D: tl.constexpr, DP: tl.constexpr, SPARSE: tl.constexpr,
+    MASKED: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr,
+    INDEX: tl.constexpr, UPCAST: tl.constexpr, PRECISION: tl.constexpr, ACC: tl.constexpr,
+):  # fmt: skip
+    """dk and dv of a block of keys over the rows from begin to stop; rows end at `end`.
+
+    Without MASKED every row sees every key. A row past the end is all zeros and adds nothing.
+    """
+    inner = tl.arange(0, BM)
+    column = tl.arange(0, DP)
+    key = n + tl.arange(0, BN)
+    # the list is read an iteration ahead: a load that waits for another leaves one fewer in flight
+    packed = begin + inner
+    if SPARSE:
+        packed = tl.load(rows + begin + inner, mask=begin + inner < end, other=0)
+    for r in tl.range(begin, stop, BM, num_stages=1 if MASKED else None):
+        at = r + inner
+        there = at < end
+        position, head = (packed // M).to(INDEX), head0 + packed % M
+        inside = there[:, None] & (column < D)[None, :] if D < DP else there[:, None]
+        q_at = position * q_s + head * q_n
+        q_tile = tl.load(q + q_at[:, None] + column[None, :], mask=inside, other=0.0)
+        row = position * N + head
+        do = tl.load(draw + row[:, None] * D + column[None, :], mask=inside, other=0.0)
+        log = tl.load(sums + sum_base + at, mask=there, other=0.0)
+        delta = tl.load(deltas + sum_base + at, mask=there, other=0.0)
+        if MASKED:
+            low = tl.load(first + first_base + position, mask=there, other=0)
+            high = position + shift
+        packed = at + BM
+        if SPARSE:
+            packed = tl.load(rows + packed, mask=packed < end, other=0)
+        zero = tl.zeros((BN, BM), ACC)
+        scores = multiply(k_tile, tl.trans(q_tile), zero, UPCAST, PRECISION)
+        p = tl.exp2(scores * scale - log[None, :])
+        if MASKED:
+            seen = (key[:, None] >= low[None, :]) & (key[:, None] <= high[None, :])
+            p = tl.where(seen & there[None, :], p, 0)
+        dv = multiply(narrow(p, do.dtype, UPCAST), do, dv, UPCAST, PRECISION)
+        dp = multiply(v_tile, tl.trans(do), zero, UPCAST, PRECISION)
+        ds = narrow(p * (dp - delta[None, :]), q_tile.dtype, UPCAST)
+        dk = multiply(ds, q_tile, dk, UPCAST, PRECISION)
+    return dk, dv
+
+
+@triton.jit
 def attend_dkv(
-    dout, q, k, v, gate, first, rows, segments, starts, sums, deltas, dk, dv,
+    draw, q, k, v, first, latest, until, rows, segments, starts, sums, deltas, dk, dv,
     q_b, q_s, q_n, k_b, k_l, k_g, v_b, v_l, v_g, S, L, scale, scale_e,
     N: tl.constexpr, G: tl.constexpr, D: tl.constexpr, DP: tl.constexpr,
-    SPARSE: tl.constexpr, GATED: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr,
-    UPCAST: tl.constexpr, PRECISION: tl.constexpr, ACC: tl.constexpr,
+    SPARSE: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr,
+    INDEX: tl.constexpr, UPCAST: tl.constexpr, PRECISION: tl.constexpr, ACC: tl.constexpr,
 ):  # fmt: skip
-    """dk and dv [B, L, G, D]: a block of keys against all rows from its own on, a program each."""
+    """dk and dv [B, L, G, D]: a block of keys against all rows from its own on, a program each.
+
+    Rows after the block see all of it, unless `latest`, the last begin of what a query of the
+    batch's sees, lies past the block's own: then every row is asked. `until` [B, blocks] is the
+    position from which on none sees the block any more: after a window, or a document.
+    """
     M: tl.constexpr = N // G
     group = tl.program_id(1)
     batch, head_g = (group // G).to(tl.int64), group % G
     n = tl.program_id(0) * BN
     key = n + tl.arange(0, BN)
     column = tl.arange(0, DP)
-    k_tile = _values(k + batch * k_b + head_g * k_g, n, L, k_l, D, DP, BN)
-    v_tile = _values(v + batch * v_b + head_g * v_g, n, L, v_l, D, DP, BN)
+    shift = L - S
+    k_tile = _block(k + batch * k_b + head_g * k_g, n, L, k_l, D, DP, BN, True)
+    v_tile = _block(v + batch * v_b + head_g * v_g, n, L, v_l, D, DP, BN, True)
     dk_acc, dv_acc = tl.zeros((BN, DP), ACC), tl.zeros((BN, DP), ACC)
-    position0 = tl.maximum(n - (L - S), 0)
+    own = tl.minimum(tl.maximum(n - shift, 0), S - 1)  # position of the first key's own query
+    after = tl.maximum(n + BN - 1 - shift, 0)  # from here on rows see the last key too
+    last = tl.load(until + batch * tl.num_programs(0) + tl.program_id(0))
     if SPARSE:
-        begin = tl.load(starts + group * S + position0)
         end = tl.load(segments + group + 1)
+        end = tl.minimum(end, tl.load(starts + group * S + last, mask=last < S, other=2147483647))
+        begin = tl.load(starts + group * S + own)
+        free = tl.load(starts + group * S + tl.minimum(after, S - 1))
     else:
-        begin, end = position0 * M, S * M
-    for r in range(begin, end, BM):
-        at = r + tl.arange(0, BM)
-        there = at < end
-        packed = tl.load(rows + at, mask=there, other=0) if SPARSE else tl.where(there, at, 0)
-        at = (at if SPARSE else group * S * M + packed).to(tl.int64)
-        position, head = packed // M, head_g * M + packed % M
-        inside = there[:, None] & (column < D)[None, :]
-        q_at = batch * q_b + position.to(tl.int64) * q_s + head * q_n
-        q_tile = tl.load(q + q_at[:, None] + column[None, :], mask=inside, other=0.0)
-        row = (batch * S + position) * N + head
-        do = tl.load(dout + row[:, None] * D + column[None, :], mask=inside, other=0.0)
-        if GATED:
-            weight = tl.load(gate + row, mask=there, other=0.0).to(ACC)
-            do = narrow(do.to(ACC) * weight[:, None], do.dtype, UPCAST)
-        low = tl.load(first + batch * S + position, mask=there, other=0)
-        seen = (key[:, None] >= low[None, :]) & (key[:, None] <= (position + L - S)[None, :])
-        zero = tl.zeros((BN, BM), ACC)
-        scores = multiply(k_tile, tl.trans(q_tile), zero, UPCAST, PRECISION) * scale
-        log = tl.load(sums + at, mask=there, other=0.0)
-        delta = tl.load(deltas + at, mask=there, other=0.0)
-        p = tl.where(seen & there[None, :], tl.exp2(scores - log[None, :]), 0)
-        dv_acc = multiply(narrow(p, do.dtype, UPCAST), do, dv_acc, UPCAST, PRECISION)
-        dp = multiply(v_tile, tl.trans(do), zero, UPCAST, PRECISION)
-        ds = narrow(p * (dp - delta[None, :]), q_tile.dtype, UPCAST)
-        dk_acc = multiply(ds, q_tile, dk_acc, UPCAST, PRECISION)
+        end, begin, free = last * M, own * M, tl.minimum(after, S - 1) * M
+    free = tl.where((after < S) & (n >= tl.load(latest + batch)), free, end)
+    begin = tl.minimum(begin, end)
+    # masks take registers: fewer rows at a time where there are some
+    HALF: tl.constexpr = max(16, BM // 2)
+    free = tl.minimum(begin + ((free - begin + HALF - 1) // HALF) * HALF, end)
+    q += batch * q_b
+    draw += batch * S * N * D
+    sum_base = 0 if SPARSE else group.to(tl.int64) * S * M
+    dk_acc, dv_acc = _ascend(
+        k_tile, v_tile, dk_acc, dv_acc, begin, free, end, n, q, draw, first, rows, sums,
+        deltas, q_s, q_n, sum_base, batch * S, head_g * M, shift, scale,
+        N, M, D, DP, SPARSE, True, HALF, BN, INDEX, UPCAST, PRECISION, ACC,
+    )  # fmt: skip
+    dk_acc, dv_acc = _ascend(
+        k_tile, v_tile, dk_acc, dv_acc, free, end, end, n, q, draw, first, rows, sums,
+        deltas, q_s, q_n, sum_base, batch * S, head_g * M, shift, scale,
+        N, M, D, DP, SPARSE, False, BM, BN, INDEX, UPCAST, PRECISION, ACC,
+    )  # fmt: skip
     at = ((batch * L + key) * G + head_g)[:, None] * D + column[None, :]
     inside = (key < L)[:, None] & (column < D)[None, :]
     tl.store(dk + at, narrow(dk_acc * scale_e, dk.dtype.element_ty, UPCAST), mask=inside)

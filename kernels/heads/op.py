@@ -107,3 +107,54 @@ def _differentiate(ctx: Any, dout: Tensor | None, *unused: None) -> tuple[Any, .
 
 
 attend_heads.register_autograd(_differentiate, setup_context=_save)
+
+
+@torch.library.custom_op("moe::decode_heads", mutates_args=())
+def decode_heads(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    gate: Tensor | None,
+    on: Tensor | None,
+    first: Tensor,
+    scale: float,
+) -> Tensor:
+    """Gated outputs for one query per sequence, without gradient (heads/decoding.py)."""
+    return triton_module("heads.decoding").decode(q, k, v, first, scale, gate, on)
+
+
+@decode_heads.register_fake
+def _(q: Tensor, *rest: Any) -> Tensor:
+    return q.new_empty(q.shape)
+
+
+@torch.library.custom_op("moe::gate_heads", mutates_args=())
+def gate_heads(heads: Tensor, gate: Tensor) -> Tensor:
+    """Head outputs [..., d] times a gate [...], contiguous both (heads/gating.py)."""
+    return triton_module("heads.gating").forward(heads, gate)
+
+
+@gate_heads.register_fake
+def _(heads: Tensor, gate: Tensor) -> Tensor:
+    return torch.empty_like(heads)
+
+
+@torch.library.custom_op("moe::gate_heads_backward", mutates_args=())
+def _ungate(dout: Tensor, heads: Tensor, gate: Tensor) -> tuple[Tensor, Tensor]:
+    return triton_module("heads.gating").backward(dout, heads, gate)
+
+
+@_ungate.register_fake
+def _(dout: Tensor, heads: Tensor, gate: Tensor) -> tuple[Tensor, Tensor]:
+    return torch.empty_like(heads), torch.empty_like(gate)
+
+
+def _save_gate(ctx: Any, inputs: tuple[Tensor, Tensor], output: Tensor) -> None:
+    ctx.save_for_backward(*inputs)
+
+
+def _differentiate_gate(ctx: Any, dout: Tensor) -> tuple[Tensor, Tensor]:
+    return _ungate(dout.contiguous(), *ctx.saved_tensors)
+
+
+gate_heads.register_autograd(_differentiate_gate, setup_context=_save_gate)

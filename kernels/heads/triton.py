@@ -3,15 +3,16 @@
 B batch, S queries, L keys, N query heads, G KV heads, M = N / G, d head size, R rows that are on.
 """
 
-import math
+import functools
 from typing import Any, NamedTuple
 
 import torch
 import triton
+import triton.language as tl
 from torch import Tensor
 
 from moe.kernels import device
-from moe.kernels.heads import attention
+from moe.kernels.heads import attention, listing
 from moe.kernels.tiling import tiling
 
 LOG2E = 1.4426950408889634
@@ -26,58 +27,114 @@ class Rows(NamedTuple):
 
 
 def rows_of(on_BSN: Tensor, groups: int, most: int) -> Rows:
-    """The rows of a mask; `most` is how many there can be, so that nothing asks the device.
-
-    A mask with more (a gate of nan is on everywhere) loses those after `most`.
+    """The rows of a mask in two launches; `most` is how many there can be, so that nothing asks
+    the device. A mask with more (a gate of nan is on everywhere) loses those after `most`.
     """
     batch, length, heads = on_BSN.shape
-    on = on_BSN.view(batch, length, groups, heads // groups).permute(0, 2, 1, 3)
-    flat = on.reshape(batch * groups, -1).int()
-    place = flat.cumsum(1)
-    count = place[:, -1]
-    segment = torch.zeros(batch * groups + 1, dtype=torch.int32, device=on_BSN.device)
-    segment[1:] = count.cumsum(0)
-    slot = torch.where(flat > 0, segment[:-1, None] + place - 1, most).clamp(max=most)
-    row = torch.arange(flat.shape[1], dtype=torch.int32, device=on_BSN.device)
-    rows = torch.empty(most + 1, dtype=torch.int32, device=on_BSN.device)
-    rows[slot.flatten().long()] = row.repeat(batch * groups)  # what is off goes past the end
-    before = (place - flat).view(batch * groups, length, -1)[:, :, 0]
-    start = (segment[:-1, None] + before).clamp(max=most)
-    return Rows(rows[:-1], segment.clamp(max=most), start.int().contiguous())
+    on = on_BSN.contiguous()
+    segments, size = batch * groups, length * (heads // groups)
+    # few enough parts that each can add up all that come before it
+    part = max(1024, triton.next_power_of_2(triton.cdiv(segments * size, 4096)))
+    parts = triton.cdiv(size, part)
+    new = functools.partial(torch.empty, dtype=torch.int32, device=on.device)
+    counts, rows = new(segments, parts), Rows(new(most), new(segments + 1), new(segments, length))
+    sizes = {"N": heads, "G": groups, "PART": part, "BLOCK": 1024}
+    listing.count_on[(parts, segments)](on, counts, length, **sizes)
+    listing.place_on[(parts, segments)](
+        on, counts, *rows, length, most, segments, **sizes, BC=min(4096, _power(segments * parts)),
+    )  # fmt: skip
+    return rows
 
 
-class _Launch:
-    """What the three kernels are given alike."""
+def _power(number: int) -> int:
+    return max(16, triton.next_power_of_2(number))
+
+
+class Launch:
+    """The three kernels of attention over given tensors."""
 
     def __init__(
-        self, q: Tensor, k: Tensor, v: Tensor, first: Tensor, scale: float, rows: Rows | None
+        self,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        first: Tensor,
+        scale: float,
+        gate: Tensor | None,
+        rows: Rows | None,
     ) -> None:
-        self.q, self.k, self.v, self.first, self.rows = q, k, v, first, rows
+        self.q, self.k, self.v, self.first, self.gate, self.rows = q, k, v, first, gate, rows
         self.batch, self.length, self.heads, self.size = q.shape
         self.keys, self.groups = k.shape[1:3]
-        self.scale = scale
-        self.strides = *q.stride()[:3], *k.stride()[:3], *v.stride()[:3]
+        self.scales = scale * LOG2E, scale
+        strides = *q.stride()[:3], *k.stride()[:3], *v.stride()[:3]
+        self.shape = *strides, self.length, self.keys
         self.listed = (None, None) if rows is None else (rows.row_R, rows.segment)
-        self.kept = (
-            self.batch * self.heads * self.length if rows is None else len(rows.row_R)
-        )  # rows with sums of their own
+        # rows with sums of their own
+        self.kept = self.batch * self.heads * self.length if rows is None else len(rows.row_R)
 
-    def arguments(self, kernel: str, gated: bool) -> dict[str, Any]:
-        wide = max(16, triton.next_power_of_2(self.size))
+    def new(self, like: Tensor) -> Tensor:
+        """Memory for what rows are written to: with heads that are off, zeros."""
+        make = torch.empty if self.rows is None else torch.zeros
+        return make(like.shape, dtype=like.dtype, device=like.device)
+
+    def arguments(self, kernel: str) -> dict[str, Any]:
+        wide = _power(self.size)
         found = tiling(kernel, self.q.device, self.q.dtype, wide, (self.size, self.size))
         return {
             "N": self.heads, "G": self.groups, "D": self.size, "DP": wide,
-            "SPARSE": self.rows is not None, "GATED": gated,
+            "SPARSE": self.rows is not None,
             "BM": found.block_m, "BN": found.block_n,
             "UPCAST": device.upcast(self.q.dtype), "PRECISION": device.precision(),
-            "ACC": device.accumulator(self.q.dtype), "num_warps": found.warps,
-            "num_stages": found.stages,
-        }  # fmt: skip
+            "ACC": device.accumulator(self.q.dtype),
+        } | found.options()  # fmt: skip
 
     def grid(self, block: int) -> tuple[int, int]:
         """Tiles of rows, as if all were on, by (batch, KV head)."""
         tiles = triton.cdiv(self.length * self.heads // self.groups, block)
         return tiles, self.batch * self.groups
+
+    def attend(self, out: Tensor, raw: Tensor, sums: Tensor) -> None:
+        arguments = self.arguments("attend") | {"GATED": self.gate is not None}
+        attention.attend[self.grid(arguments["BM"])](
+            self.q, self.k, self.v, self.gate, self.first, *self.listed, out, raw, sums,
+            *self.shape, self.scales[0], **arguments,
+        )  # fmt: skip
+
+    def attend_dq(
+        self,
+        dout: Tensor,
+        raw: Tensor,
+        sums: Tensor,
+        dq: Tensor,
+        dgate: Tensor,
+        draw: Tensor,
+        deltas: Tensor,
+    ) -> None:
+        arguments = self.arguments("attend_dq") | {"GATED": self.gate is not None}
+        attention.attend_dq[self.grid(arguments["BM"])](
+            dout, self.q, self.k, self.v, self.gate, self.first, *self.listed, raw, sums, dq,
+            dgate, draw, deltas, *self.shape, *self.scales, **arguments,
+        )  # fmt: skip
+
+    def attend_dkv(
+        self, draw: Tensor, sums: Tensor, deltas: Tensor, dk: Tensor, dv: Tensor
+    ) -> None:
+        q, arguments = self.q, self.arguments("attend_dkv")
+        span = max(step * size for step, size in zip(q.stride()[1:3], q.shape[1:3], strict=True))
+        arguments["INDEX"] = tl.int64 if max(span, q[0].numel()) >= 2**31 else tl.int32
+        starts = None if self.rows is None else self.rows.start
+        width = arguments["BN"]
+        blocks = triton.cdiv(self.keys, width)
+        # positions up to the last that sees a key of the block: none after it begins before it ends
+        soonest_BS = self.first.flip(1).cummin(1).values.flip(1)
+        ends_J = torch.arange(1, blocks + 1, dtype=torch.int32, device=q.device) * width - 1
+        ends_BJ = ends_J.repeat(self.batch, 1)
+        until_BJ = torch.searchsorted(soonest_BS, ends_BJ, right=True, out_int32=True)
+        attention.attend_dkv[(blocks, self.batch * self.groups)](
+            draw, q, self.k, self.v, self.first, self.first.amax(1), until_BJ, *self.listed,
+            starts, sums, deltas, dk, dv, *self.shape, *self.scales, **arguments,
+        )  # fmt: skip
 
 
 def forward(
@@ -90,19 +147,13 @@ def forward(
     rows: Rows | None,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Gated outputs [B, S, N, d], the same ungated (empty without a gate), and the rows' sums."""
-    launch = _Launch(q, k, v, first, scale, rows)
-    make = torch.zeros if rows is not None else torch.empty
-    shape = launch.batch, launch.length, launch.heads, launch.size
-    out = make(shape, dtype=q.dtype, device=q.device)
-    raw = make(shape, dtype=q.dtype, device=q.device) if gate is not None else out.new_empty(0)
+    launch = Launch(q, k, v, first, scale, gate, rows)
+    out = launch.new(q)
+    raw = out.new_empty(0) if gate is None else launch.new(q)
     wide = torch.promote_types(q.dtype, torch.float32)
     sums = torch.empty(launch.kept, dtype=wide, device=q.device)
-    arguments = launch.arguments("attend", gate is not None)
     if out.numel():
-        attention.attend[launch.grid(arguments["BM"])](
-            q, k, v, gate, first, *launch.listed, out, raw, sums, *launch.strides,
-            launch.length, launch.keys, scale * LOG2E, **arguments,
-        )  # fmt: skip
+        launch.attend(out, raw, sums)
     return out, raw, sums
 
 
@@ -119,27 +170,14 @@ def backward(
     sums: Tensor,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Gradients of q, k, v and the gate (empty without one); `raw` is the ungated output."""
-    launch = _Launch(q, k, v, first, scale, rows)
-    make = torch.zeros if rows is not None else torch.empty
-    dq = make(q.shape, dtype=q.dtype, device=q.device)
+    launch = Launch(q, k, v, first, scale, gate, rows)
+    dq = launch.new(q)
     dk, dv = (torch.empty(t.shape, dtype=t.dtype, device=t.device) for t in (k, v))
-    dgate = sums.new_empty(0)
-    if gate is not None:
-        dgate = make(gate.shape, dtype=gate.dtype, device=q.device)
+    dgate = sums.new_empty(0) if gate is None else launch.new(gate)
     if not dout.numel():
         return dq, dk.zero_(), dv.zero_(), dgate
     deltas = torch.empty_like(sums)
-    arguments = launch.arguments("attend_dq", gate is not None)
-    steps = launch.length, launch.keys, scale * LOG2E, scale
-    attention.attend_dq[launch.grid(arguments["BM"])](
-        dout, q, k, v, gate, first, *launch.listed, raw, sums, dq, dgate, deltas,
-        *launch.strides, *steps, **arguments,
-    )  # fmt: skip
-    arguments = launch.arguments("attend_dkv", gate is not None)
-    starts = None if rows is None else rows.start
-    blocks = math.ceil(launch.keys / arguments["BN"])
-    attention.attend_dkv[(blocks, launch.batch * launch.groups)](
-        dout, q, k, v, gate, first, *launch.listed, starts, sums, deltas, dk, dv,
-        *launch.strides, *steps, **arguments,
-    )  # fmt: skip
+    draw = dout if gate is None else torch.empty_like(dout)
+    launch.attend_dq(dout, raw, sums, dq, dgate, draw, deltas)
+    launch.attend_dkv(draw, sums, deltas, dk, dv)
     return dq, dk, dv, dgate

@@ -5,7 +5,7 @@ each pick among the run's picks of the same expert, with a running count per exp
 up the counts of the runs before its own, so that every pick knows its place in the list sorted by
 expert; that list is what a stable sort would make. Tokens stay in order within an expert.
 
-T tokens, E experts (EP, KP: the next powers of 2), K chosen, P = T·K pairs, R runs, U tiles.
+T tokens, E experts (EP: the next power of 2), K chosen, P = T·K pairs, R runs, U tiles.
 """
 
 import torch
@@ -15,6 +15,9 @@ from torch import Tensor
 
 from moe.kernels.device import num_processors
 from moe.kernels.route.naive import Plan, block_rows, check_experts, tile_bound
+
+PER_PROCESSOR, WARPS = 4, 4  # programs, and of how many warps
+TILE = 2048  # scores that a program looks at together
 
 
 @triton.jit
@@ -37,81 +40,90 @@ def _score(logits, token, there, expert, E: tl.constexpr, SIGMOID: tl.constexpr)
 
 
 @triton.jit
-def _pick(merit, scores, expert, slot, E: tl.constexpr, K: tl.constexpr):
-    """The k best [BT, KP], ties to the lowest index; their scores; which experts are left."""
-    merit = tl.where(merit != merit, float("inf"), merit)  # as torch's sort has it
-    free = tl.broadcast_to((expert < E)[None, :], merit.shape)
-    index = tl.zeros((merit.shape[0], slot.shape[0]), tl.int32)
-    score = tl.zeros((merit.shape[0], slot.shape[0]), merit.dtype)
+def _pick(merit, expert, E: tl.constexpr, K: tl.constexpr):
+    """Which choice each expert is [BT, EP], -1 for none: the k best, ties to the lowest index.
+
+    Compares integers that lie as the floats do, so that one below -inf is left for the chosen.
+    """
+    merit = tl.where(merit != merit, float("inf"), merit)  # nan is most, as torch's sort has it
+    merit = tl.where(merit == 0, 0.0, merit)  # -0 is 0
+    if merit.dtype == tl.float64:
+        bits, lowest, most = merit.to(tl.int64, bitcast=True), -(2**63), 2**63 - 1
+        key = bits ^ ((bits >> 63) & most)
+    else:
+        bits, lowest, most = merit.to(tl.int32, bitcast=True), -(2**31), 2**31 - 1
+        key = bits ^ ((bits >> 31) & most)
+    key = tl.where((expert < E)[None, :], key, lowest)
+    slot = tl.full(merit.shape, -1, tl.int32)
     for k in tl.static_range(K):
-        best = tl.max(tl.where(free, merit, float("-inf")), 1)
-        best_free = free & (merit == best[:, None])
-        first = tl.min(tl.where(best_free, expert[None, :], merit.shape[1]), 1)
-        hit = expert[None, :] == first[:, None]
-        free = free & ~hit
-        here = slot[None, :] == k
-        index = tl.where(here, first[:, None], index)
-        score = tl.where(here, tl.sum(tl.where(hit, scores, 0), 1)[:, None], score)
-    return index, score, free
+        hit = expert[None, :] == tl.argmax(key, 1)[:, None]
+        slot = tl.where(hit, k, slot)
+        key = tl.where(hit, lowest, key)
+    return slot
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["T", "span"])
 def choose(
     logits, bias, valid, weights, indices, ranks, counts, sums, T, span, scale,
-    E: tl.constexpr, EP: tl.constexpr, K: tl.constexpr, KP: tl.constexpr, BT: tl.constexpr,
+    E: tl.constexpr, EP: tl.constexpr, K: tl.constexpr, BT: tl.constexpr,
     SIGMOID: tl.constexpr, RENORMALISE: tl.constexpr, BIASED: tl.constexpr, PADDED: tl.constexpr,
 ):  # fmt: skip
     """One run of tokens: weights, indices and ranks [T, K]; counts [R, EP] and sums [R, 3, EP].
 
     `sums` holds, over tokens that are no padding: choices, probabilities, and in its last row
-    entropy, squared logsumexp and the number of these tokens.
+    entropy, squared logsumexp and the number of these tokens. Added up over tokens at the end: a
+    sum over rows is a wait for all warps.
     """
     run = tl.program_id(0)
-    expert, slot = tl.arange(0, EP), tl.arange(0, KP)
+    expert = tl.arange(0, EP)
     seen = tl.zeros((EP,), tl.int32)
-    chosen = tl.zeros((EP,), logits.dtype.element_ty)
-    probability, scalars = chosen, chosen
+    chosen = tl.zeros((EP,), tl.int32)
+    probability = tl.zeros((BT, EP), logits.dtype.element_ty)
+    entropy = probability
+    square = tl.zeros((BT,), logits.dtype.element_ty)
+    tokens = tl.zeros((BT,), tl.int32)
+    local = tl.arange(0, BT)
+    before = (run * span).to(tl.int64) * K
+    weights, indices, ranks = weights + before, indices + before, ranks + before
     for start in range(run * span, tl.minimum(T, (run + 1) * span), BT):
         token = start + tl.arange(0, BT)
         there = token < T
         scores, norm, logsumexp, merit = _score(logits, token, there, expert, E, SIGMOID)
         if BIASED:
             merit = scores + tl.load(bias + expert, mask=expert < E, other=0)[None, :]
-        index, weight, free = _pick(merit, scores, expert, slot, E, K)
-        taken = ((expert < E)[None, :] & ~free & there[:, None]).to(tl.int32)
-        place = tl.cumsum(taken, 0) - taken + seen[None, :]
-        rank = tl.zeros((BT, KP), tl.int32)
-        for k in tl.static_range(K):
-            here = slot[None, :] == k
-            hit = expert[None, :] == tl.sum(tl.where(here, index, 0), 1)[:, None]
-            rank = tl.where(here, tl.sum(tl.where(hit, place, 0), 1)[:, None], rank)
-        if RENORMALISE:
-            weight = weight / (tl.sum(weight, 1) + 1e-20)[:, None]
-        entry = token.to(tl.int64)[:, None] * K + slot[None, :]
-        inside = there[:, None] & (slot < K)[None, :]
-        tl.store(weights + entry, weight * scale, mask=inside)
-        tl.store(indices + entry, index.to(tl.int64), mask=inside)
-        tl.store(ranks + entry, rank, mask=inside)
+        slot = _pick(merit, expert, E, K)
+        picked = (slot >= 0) & there[:, None]
+        taken = picked.to(tl.int32)
+        rank = tl.cumsum(taken, 0) - taken + seen[None, :]
         seen += tl.sum(taken, 0)
+        weight = scores * scale
+        if RENORMALISE:
+            weight = weight / (tl.sum(tl.where(slot >= 0, scores, 0), 1) + 1e-20)[:, None]
+        entry = local[:, None] * K + slot
+        tl.store(weights + entry, weight, mask=picked)
+        tl.store(indices + entry, tl.broadcast_to(expert[None, :], slot.shape).to(tl.int64), picked)
+        tl.store(ranks + entry, rank, mask=picked)
+        weights, indices, ranks = weights + BT * K, indices + BT * K, ranks + BT * K
         counted = there
         if PADDED:
             counted = tl.load(valid + token, mask=there, other=0) != 0
+            chosen += tl.sum(tl.where(counted[:, None], taken, 0), 0)
         share = tl.where(counted[:, None], scores / norm[:, None], 0)
-        surprise = tl.where(share > 0, -share * tl.log(tl.where(share > 0, share, 1)), 0)
-        square = tl.sum(tl.where(counted, logsumexp * logsumexp, 0), 0)
-        chosen += tl.sum(tl.where(counted[:, None], taken, 0).to(chosen.dtype), 0)
-        probability += tl.sum(share, 0)
-        scalars += tl.where(expert == 0, tl.sum(tl.sum(surprise, 1), 0), 0)
-        scalars += tl.where(expert == 1, square, 0)
-        scalars += tl.where(expert == 2, tl.sum(counted.to(chosen.dtype), 0), 0)
+        entropy += tl.where(share > 0, -share * tl.log(tl.where(share > 0, share, 1)), 0)
+        probability += share
+        square += tl.where(counted, logsumexp * logsumexp, 0)
+        tokens += counted.to(tl.int32)
     tl.store(counts + run * EP + expert, seen)
+    scalars = tl.where(expert == 0, tl.sum(tl.sum(entropy, 1), 0), 0)
+    scalars += tl.where(expert == 1, tl.sum(square, 0), 0)
+    scalars += tl.where(expert == 2, tl.sum(tokens, 0), 0)
     out = sums + run * 3 * EP + expert
-    tl.store(out, chosen)
-    tl.store(out + EP, probability)
+    tl.store(out, (chosen if PADDED else seen).to(scalars.dtype))
+    tl.store(out + EP, tl.sum(probability, 0))
     tl.store(out + 2 * EP, scalars)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["T", "span"])
 def differentiate(
     logits, valid, indices, dweights, dsums, dlogits, T, span, scale,
     E: tl.constexpr, EP: tl.constexpr, K: tl.constexpr, BT: tl.constexpr,
@@ -155,7 +167,7 @@ def differentiate(
         tl.store(out, dlogit, mask=there[:, None] & (expert < E)[None, :])
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["T", "span"])
 def count(
     indices, ranks, counts, T, span,
     E: tl.constexpr, EP: tl.constexpr, K: tl.constexpr, BT: tl.constexpr,
@@ -211,56 +223,76 @@ def _spread(total, tiles, order, U, E: tl.constexpr, EP: tl.constexpr, BM: tl.co
 
 
 @triton.jit
-def place(
-    indices, ranks, counts, sums, places, pairs, offsets, tiles, order, loads, P, run_pairs, R, U,
-    E: tl.constexpr, EP: tl.constexpr, BR: tl.constexpr, BP: tl.constexpr, BM: tl.constexpr,
-    BU: tl.constexpr, BO: tl.constexpr, SUMS: tl.constexpr,
-):  # fmt: skip
-    """Every pair's place in the sorted list, the list, its offsets [E + 1] and its tiles."""
-    run = tl.program_id(0)
+def _add_up(sums, loads, part: tl.constexpr, R, EP: tl.constexpr, BR: tl.constexpr):
+    """loads [3, EP]: one row of every run's sums [R, 3, EP] added up."""
     expert = tl.arange(0, EP)
-    total = tl.zeros((EP,), tl.int32)
-    before = tl.zeros((EP,), tl.int32)
+    acc = tl.zeros((BR, EP), sums.dtype.element_ty)
     for start in range(0, R, BR):
         row = start + tl.arange(0, BR)
-        tile = tl.load(
-            counts + row[:, None] * EP + expert[None, :], mask=(row < R)[:, None], other=0
-        )
-        total += tl.sum(tile, 0)
-        before += tl.sum(tl.where((row < run)[:, None], tile, 0), 0)
+        at = sums + (row[:, None] * 3 + part) * EP + expert[None, :]
+        acc += tl.load(at, mask=(row < R)[:, None], other=0)
+    tl.store(loads + part * EP + expert, tl.sum(acc, 0))
+
+
+@triton.jit(do_not_specialize=["P", "run_pairs", "R", "share", "U"])
+def place(
+    indices, ranks, counts, sums, places, pairs, offsets, tiles, order, loads, P, run_pairs, R,
+    share, U, E: tl.constexpr, EP: tl.constexpr, BR: tl.constexpr, BP: tl.constexpr,
+    BM: tl.constexpr, BU: tl.constexpr, BO: tl.constexpr, SUMS: tl.constexpr,
+):  # fmt: skip
+    """Every pair's place in the sorted list, the list, its offsets [E + 1] and its tiles.
+
+    A program places the pairs of `share` runs.
+    """
+    first = tl.program_id(0) * share
+    expert = tl.arange(0, EP)
+    earlier, later = tl.zeros((BR, EP), tl.int32), tl.zeros((BR, EP), tl.int32)
+    for start in range(0, R, BR):
+        row = start + tl.arange(0, BR)
+        at = counts + row[:, None] * EP + expert[None, :]
+        tile = tl.load(at, mask=(row < R)[:, None], other=0)
+        earlier += tl.where((row < first)[:, None], tile, 0)
+        later += tl.where((row < first)[:, None], 0, tile)
+    before = tl.sum(earlier, 0)
+    total = before + tl.sum(later, 0)
     ends = tl.cumsum(total, 0)
     base = ends - total + before
-    for start in range(run * run_pairs, tl.minimum(P, (run + 1) * run_pairs), BP):
-        pair = start + tl.arange(0, BP)
-        there = pair < tl.minimum(P, (run + 1) * run_pairs)
-        index = tl.load(indices + pair, mask=there, other=E).to(tl.int32)
-        rank = tl.load(ranks + pair, mask=there, other=0)
-        goes = there & (index < E)
-        spot = tl.gather(base, tl.minimum(index, EP - 1), 0) + rank
-        tl.store(places + pair, tl.where(goes, spot, -1), mask=there)
-        tl.store(pairs + spot, pair, mask=goes)
+    for run in range(first, tl.minimum(first + share, R)):
+        end = tl.minimum(P, (run + 1) * run_pairs)
+        for start in range(run * run_pairs, end, BP):
+            pair = start + tl.arange(0, BP)
+            there = pair < end
+            index = tl.load(indices + pair, mask=there, other=E).to(tl.int32)
+            rank = tl.load(ranks + pair, mask=there, other=0)
+            goes = there & (index < E)
+            spot = tl.gather(base, tl.minimum(index, EP - 1), 0) + rank
+            tl.store(places + pair, tl.where(goes, spot, -1), mask=there)
+            tl.store(pairs + spot, pair, mask=goes)
+        base += tl.load(counts + run * EP + expert)
     _spread(total, tiles, order, U, E, EP, BM, BU, BO)
-    if run == 0:
+    if tl.program_id(0) == 0:
         tl.store(offsets + expert, expert * 0, mask=expert == 0)
         tl.store(offsets + 1 + expert, ends, mask=expert < E)
-        if SUMS:
-            for part in tl.static_range(3):
-                acc = tl.zeros((EP,), sums.dtype.element_ty)
-                for r in range(R):
-                    acc += tl.load(sums + (r * 3 + part) * EP + expert)
-                tl.store(loads + part * EP + expert, acc)
+    if SUMS:
+        for part in tl.static_range(3):
+            if tl.program_id(0) == part % tl.num_programs(0):
+                _add_up(sums, loads, part, R, EP, BR)
 
 
 class _Runs:
-    """How T tokens are divided among programs."""
+    """How T tokens are divided among programs: several to a multiprocessor, for what takes long is
+    waiting for one reduction after another.
+    """
 
     def __init__(self, tokens: int, experts: int, device: torch.device) -> None:
         check_experts(experts)
         self.experts_2 = max(16, triton.next_power_of_2(experts))
-        self.tile = max(1, min(32, 2048 // self.experts_2))  # tokens looked at together
-        tiles = triton.cdiv(tokens, self.tile)
-        self.runs = max(1, min(tiles, num_processors(device)))
-        self.span = triton.cdiv(tiles, self.runs) * self.tile
+        self.tile = max(1, min(32, TILE // self.experts_2))  # tokens looked at together
+        tiles = max(1, triton.cdiv(tokens, self.tile))
+        processors = num_processors(device)
+        self.span = triton.cdiv(tiles, min(tiles, PER_PROCESSOR * processors)) * self.tile
+        self.runs = max(1, triton.cdiv(tokens, self.span))
+        self.share = triton.cdiv(self.runs, processors)
 
 
 def route(
@@ -286,9 +318,9 @@ def route(
     sums = logits.new_empty(runs.runs, 3, runs.experts_2)
     choose[(runs.runs,)](
         logits, bias, valid, weights, indices, ranks, counts, sums, tokens, runs.span, scale,
-        E=experts, EP=runs.experts_2, K=k, KP=triton.next_power_of_2(k), BT=runs.tile,
+        E=experts, EP=runs.experts_2, K=k, BT=runs.tile,
         SIGMOID=sigmoid, RENORMALISE=renormalise, BIASED=bias is not None,
-        PADDED=valid is not None, num_warps=8,
+        PADDED=valid is not None, num_warps=WARPS,
     )  # fmt: skip
     loads = logits.new_empty(3, runs.experts_2)
     return weights, indices, loads, _place(indices, ranks, counts, runs, experts, sums, loads)
@@ -311,7 +343,7 @@ def route_backward(
     differentiate[(runs.runs,)](
         logits, valid, indices, dweights, dloads, dlogits, tokens, runs.span, scale,
         E=experts, EP=runs.experts_2, K=indices.shape[1], BT=runs.tile, SIGMOID=sigmoid,
-        RENORMALISE=renormalise, PADDED=valid is not None, num_warps=8,
+        RENORMALISE=renormalise, PADDED=valid is not None, num_warps=WARPS,
     )  # fmt: skip
     return dlogits
 
@@ -344,9 +376,9 @@ def _place(
     tiles = tile_bound(pairs, experts, rows)
     new = ranks.new_empty
     result = Plan(torch.empty_like(ranks), new(pairs), new(experts + 1), new(tiles), new(experts))
-    place[(runs.runs,)](
-        indices, ranks, counts, sums, *result, loads, pairs, runs.span * k, runs.runs, tiles,
-        E=experts, EP=runs.experts_2, BR=max(1, 4096 // runs.experts_2), BP=1024, BM=rows,
+    place[(triton.cdiv(runs.runs, runs.share),)](
+        indices, ranks, counts, sums, *result, loads, pairs, runs.span * k, runs.runs, runs.share,
+        tiles, E=experts, EP=runs.experts_2, BR=max(1, 4096 // runs.experts_2), BP=1024, BM=rows,
         BU=max(1, 4096 // runs.experts_2), BO=max(1, 4096 // runs.experts_2),
         SUMS=sums is not None, num_warps=8,
     )  # fmt: skip

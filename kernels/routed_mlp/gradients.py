@@ -48,61 +48,71 @@ def _halve(x, BM: tl.constexpr, N: tl.constexpr):
 
 
 @triton.jit
+def _part(x, q: tl.constexpr, BM: tl.constexpr, N: tl.constexpr, PARTS: tl.constexpr):
+    """The q-th of PARTS parts of x's columns [BM, N / PARTS]."""
+    if PARTS > 1:
+        left, right = _halve(x, BM, N)
+        x = left if q < PARTS // 2 else right
+        x = _part(x, q % (PARTS // 2), BM, N // 2, PARTS // 2)
+    return x
+
+
+@triton.jit(do_not_specialize=["U"])
 def down_dgrad(
     dy, w2, h, weights, pairs, offsets, tiles, dh, a, parts,
     dy_step, w_expert, w_step, i_step, h_gate, h_up, U,
     H: tl.constexpr, I: tl.constexpr, K: tl.constexpr, LIMIT: tl.constexpr, ALPHA: tl.constexpr,
     BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr, GROUP: tl.constexpr,
+    PARTS: tl.constexpr,
     UPCAST: tl.constexpr, PRECISION: tl.constexpr, ACC: tl.constexpr,
 ):  # fmt: skip
     """dA = dy[token] W2; from it dh [P, D], the weighed a [P, I] and parts [P, I / BN] of <dA, a>.
 
-    The epilogue goes through a quarter of the columns at a time: all at once, its operands would
-    not fit in registers.
+    The epilogue goes through a part of the columns at a time: all at once, its operands would not
+    fit in registers.
     """
     blocks_n: tl.constexpr = (I + BN - 1) // BN
     inner = tl.arange(0, BK)
-    quarter = tl.arange(0, BN // 4)
+    slice, local = tl.arange(0, BN // PARTS), tl.arange(0, BM)
     for t in tl.range(tl.program_id(0), U * blocks_n, tl.num_programs(0)):
         tile_u, block = tile_at(t, U, blocks_n, GROUP)
         tile = tl.load(tiles + tile_u)
         if tile >= 0:
-            expert, row, there = rows_of(tile, offsets, BM)
-            pair = tl.load(pairs + row, mask=there, other=0)
+            expert, first, there = rows_of(tile, offsets, BM)
+            pair = tl.load(pairs + first + local, mask=there, other=0)
             column = block * BN + tl.arange(0, BN)
             dy_at = dy + (pair // K).to(tl.int64)[:, None] * dy_step + inner[None, :]
-            w_at = w2 + expert * w_expert + inner[:, None] * w_step + column[None, :] * i_step
+            w_at = inner[:, None] * w_step + column[None, :] * i_step
+            w_e = w2 + expert * w_expert
             da = tl.zeros((BM, BN), ACC)
             for k in range(0, H, BK):
                 if H % BK == 0 and I % BN == 0:
-                    dy_tile, w_tile = tl.load(dy_at, mask=there[:, None], other=0.0), tl.load(w_at)
+                    dy_tile = tl.load(dy_at, mask=there[:, None], other=0.0)
+                    w_tile = tl.load(w_e + w_at)
                 else:
                     left = inner < H - k
                     w_there = left[:, None] & (column < I)[None, :]
                     dy_tile = tl.load(dy_at, mask=there[:, None] & left[None, :], other=0.0)
-                    w_tile = tl.load(w_at, mask=w_there, other=0.0)
+                    w_tile = tl.load(w_e + w_at, mask=w_there, other=0.0)
                 da = multiply(dy_tile, w_tile, da, UPCAST, PRECISION)
                 dy_at += BK
-                w_at += BK * w_step
+                w_e += BK * w_step
             weight = tl.load(weights + pair, mask=there, other=0.0).to(ACC)
-            left_half, right_half = _halve(da, BM, BN)
-            first, second = _halve(left_half, BM, BN // 2)
-            third, fourth = _halve(right_half, BM, BN // 2)
             part = tl.zeros((BM,), ACC)
-            for q in tl.static_range(4):
-                some = first if q == 0 else second if q == 1 else third if q == 2 else fourth
-                place = block * BN + q * (BN // 4) + quarter
-                long_row = row.to(tl.int64)[:, None]
-                h_at = long_row * (2 * I) + place[None, :] * h_gate
+            for q in tl.static_range(PARTS):
+                some = _part(da, q, BM, BN, PARTS)
+                place = block * BN + q * (BN // PARTS) + slice
                 inside = there[:, None] & (place < I)[None, :]
+                h_at = local[:, None] * (2 * I) + place[None, :] * h_gate
+                a_at = local[:, None] * I + place[None, :]
                 part += _through_swiglu(
-                    some, h + h_at, h_up, dh + h_at, a + long_row * I + place[None, :], weight,
-                    inside, LIMIT, ALPHA, UPCAST, ACC,
+                    some, h + first * (2 * I) + h_at, h_up, dh + first * (2 * I) + h_at,
+                    a + first * I + a_at, weight, inside, LIMIT, ALPHA, UPCAST, ACC,
                 )  # fmt: skip
-            tl.store(parts + row.to(tl.int64) * blocks_n + block, part, mask=there)
+            tl.store(parts + (first * blocks_n + block) + local * blocks_n, part, mask=there)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["P"])
 def gather_sum(
     parts, places, dweights, P, N: tl.constexpr, NP: tl.constexpr, B: tl.constexpr
 ):  # fmt: skip
@@ -115,7 +125,7 @@ def gather_sum(
     tl.store(dweights + pair, tl.sum(found, 1).to(dweights.dtype.element_ty), mask=pair < P)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["E"])
 def weight_gradient(
     left, right, pairs, offsets, order, dw, left_step, right_step, dw_expert, m_step, n_step, E,
     M: tl.constexpr, N: tl.constexpr, K: tl.constexpr, GATHER_LEFT: tl.constexpr,
@@ -137,16 +147,23 @@ def weight_gradient(
         n = ((t % blocks) % blocks_n) * BN + tl.arange(0, BN)
         start, end = tl.load(offsets + expert), tl.load(offsets + expert + 1)
         acc = tl.zeros((BM, BN), ACC)
+        # loaded an iteration ahead: a load that waits for another leaves one fewer in flight
+        token = tl.load(pairs + start + inner, mask=start + inner < end, other=0) // K
         for k in range(start, end, BK):
             row = k + inner
             there = row < end
-            token = tl.load(pairs + row, mask=there, other=0) // K
             left_row = (token if GATHER_LEFT else row).to(tl.int64)
             right_row = (row if GATHER_LEFT else token).to(tl.int64)
             left_at = left + left_row[None, :] * left_step + m[:, None]
             right_at = right + right_row[:, None] * right_step + n[None, :]
-            left_tile = tl.load(left_at, mask=there[None, :] & (m < M)[:, None], other=0.0)
-            right_tile = tl.load(right_at, mask=there[:, None] & (n < N)[None, :], other=0.0)
+            left_there, right_there = there[None, :], there[:, None]
+            if M % BM:
+                left_there = left_there & (m < M)[:, None]
+            if N % BN:
+                right_there = right_there & (n < N)[None, :]
+            left_tile = tl.load(left_at, mask=left_there, other=0.0)
+            right_tile = tl.load(right_at, mask=right_there, other=0.0)
+            token = tl.load(pairs + row + BK, mask=row + BK < end, other=0) // K
             acc = multiply(left_tile, right_tile, acc, UPCAST, PRECISION)
         dw_at = dw + expert.to(tl.int64) * dw_expert + m[:, None] * m_step + n[None, :] * n_step
         inside = (m < M)[:, None] & (n < N)[None, :]

@@ -19,7 +19,7 @@ from moe.kernels.routed_mlp.naive import PLAIN, Layout
 from moe.kernels.tiling import Tiling, tiling
 
 
-class _Launch:
+class Launch:
     """Everything that several kernels of one call are given alike."""
 
     def __init__(
@@ -50,9 +50,7 @@ class _Launch:
             "UPCAST": device.upcast(self.x.dtype),
             "PRECISION": device.precision(),
             "ACC": device.accumulator(self.x.dtype),
-            "num_warps": found.warps,
-            "num_stages": found.stages,
-        }
+        } | found.options()
 
     def up_swiglu(self, weights: Tensor, h: Tensor | None, a: Tensor | None) -> None:
         cut, arguments = self.cut("up_swiglu")
@@ -61,8 +59,9 @@ class _Launch:
         gemm.up_swiglu[cut.grid(items, self.x.device)](
             self.x, w1, self.bias, weights, *self.sorted, h, a, self.x.stride(0), w1.stride(0),
             self.gate * step, self.up * step, w1.stride(2), self.gate, self.up, self.tiles,
-            H=self.hidden, I=self.inner, K=self.k, SAVE_H=h is not None, WEIGH=a is not None,
-            BIASED=self.bias is not None, GROUP=cut.group, **self.act, **arguments,
+            self.hidden, H=self.hidden, I=self.inner, K=self.k, SAVE_H=h is not None,
+            WEIGH=a is not None, BIASED=self.bias is not None, GROUP=cut.group, **self.act,
+            **arguments,
         )  # fmt: skip
 
     def grouped(self, kernel: str, a_PK: Tensor, w_EKN: Tensor) -> Tensor:
@@ -72,7 +71,7 @@ class _Launch:
         y_PN = a_PK.new_empty(len(a_PK), width)
         items = self.tiles * triton.cdiv(width, cut.block_n)
         gemm.grouped_gemm[cut.grid(items, self.x.device)](
-            a_PK, w_EKN, *self.sorted[1:], y_PN, *w_EKN.stride(), self.tiles,
+            a_PK, w_EKN, *self.sorted[1:], y_PN, *w_EKN.stride(), self.tiles, w_EKN.shape[1],
             K=w_EKN.shape[1], N=width, GROUP=cut.group, **arguments,
         )  # fmt: skip
         return y_PN
@@ -100,7 +99,8 @@ class _Launch:
         gradients.down_dgrad[cut.grid(self.tiles * blocks, dy.device)](
             dy, w2, h, weights, *self.sorted, dh, a, parts, dy.stride(0), w2.stride(0),
             w2.stride(1), w2.stride(2), self.gate, self.up, self.tiles,
-            H=self.hidden, I=self.inner, K=self.k, GROUP=cut.group, **self.act, **arguments,
+            H=self.hidden, I=self.inner, K=self.k, GROUP=cut.group, PARTS=cut.parts, **self.act,
+            **arguments,
         )  # fmt: skip
         dweights = torch.empty_like(weights)
         gradients.gather_sum[(triton.cdiv(weights.numel(), 256),)](
@@ -146,7 +146,7 @@ def forward(
     bias: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
     """Returns y [T, H] and h [P, D], empty without `save_h`. x and weights are contiguous."""
-    launch = _Launch(x, w1, w2, plan, layout, bias)
+    launch = Launch(x, w1, w2, plan, layout, bias)
     pairs = plan.place_TK.numel()
     h = x.new_empty(pairs, 2 * launch.inner) if save_h else None
     a = x.new_empty(pairs, launch.inner)
@@ -174,7 +174,7 @@ def backward(
 
     `main_grads` [E, D, H] and [E, H, I], of a wider dtype, are added to in place of w1's and w2's.
     """
-    launch = _Launch(x, w1, w2, plan, layout, bias)
+    launch = Launch(x, w1, w2, plan, layout, bias)
     pairs = plan.place_TK.numel()
     dbias = x.new_empty(0)
     dx, dw1, dw2 = (t.new_empty(0) for t in (x, w1, w2))

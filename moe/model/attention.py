@@ -99,8 +99,12 @@ class RoutedAttention(LlamaAttention):
             key, value = cache.update(key, value, self.layer_idx)
         if gate is not None and reach_BS is not None and ops.attends_heads(query):
             gate_BSN = gate.view(batch, length, -1)
-            heads_BSNd = self._attend_gated(query, key, value, gate_BSN, reach_BS)
-            return self.o_proj(heads_BSNd.reshape(batch, length, -1)), None, load
+            on_BSN, most = self._heads_on(gate_BSN)
+            # torch's own attention is the faster one over all heads, but not with a mask
+            if on_BSN is not None or attention_mask is not None:
+                given = query, key, value, reach_BS, gate_BSN, on_BSN, most
+                heads_BSNd = self._attend_gated(*given)
+                return self.o_proj(heads_BSNd.reshape(batch, length, -1)), None, load
         attend: Callable = ALL_ATTENTION_FUNCTIONS.get_interface(
             self.config._attn_implementation, eager_attention_forward
         )
@@ -119,20 +123,34 @@ class RoutedAttention(LlamaAttention):
             heads_BSNd = ops.gate_heads(heads_BSNd, gate.view(batch, length, -1))
         return self.o_proj(heads_BSNd.reshape(batch, length, -1)), weights, load
 
-    def _attend_gated(
-        self, query: Tensor, key: Tensor, value: Tensor, gate_BSN: Tensor, reach_BS: Tensor
-    ) -> Tensor:
-        """Attention and gate in one kernel; heads that are off are left out where that pays."""
-        q_BSNd, k_BLGd, v_BLGd = (t.transpose(1, 2) for t in (query, key, value))
+    def _heads_on(self, gate_BSN: Tensor) -> tuple[Tensor | None, int | None]:
+        """Which heads to compute and how many at most; None where leaving some out does not pay."""
         batch, length, heads = gate_BSN.shape
+        asks = self.learns_from_heads_that_are_off and gate_BSN.requires_grad
+        # one token alone: what takes time is reading keys and values, so any head less pays
+        alone = length == 1 and not torch.is_grad_enabled()
+        pays = self.heads_on < heads if alone else self.heads_on <= SPARSE_BELOW * heads
+        if asks or not pays:
+            return None, None
+        return gate_BSN.detach() != 0, batch * length * self.heads_on
+
+    def _attend_gated(
+        self,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        reach_BS: Tensor,
+        gate_BSN: Tensor,
+        on_BSN: Tensor | None,
+        most: int | None,
+    ) -> Tensor:
+        """Attention and gate in one kernel."""
+        q_BSNd, k_BLGd, v_BLGd = (t.transpose(1, 2) for t in (query, key, value))
+        length = gate_BSN.shape[1]
         place_S = torch.arange(length, device=query.device) + k_BLGd.shape[1] - length
         if self.sliding_window is not None:
             reach_BS = reach_BS.clamp(max=self.sliding_window - 1)
         first_BS = (place_S - reach_BS).clamp(min=0)
-        on_BSN, most = None, None
-        asks = self.learns_from_heads_that_are_off and gate_BSN.requires_grad
-        if self.heads_on <= SPARSE_BELOW * heads and not asks:
-            on_BSN, most = gate_BSN.detach() != 0, batch * length * self.heads_on
         given = q_BSNd, k_BLGd, v_BLGd, first_BS, self.scaling
         return ops.attend_heads(*given, gate_BSN, on_BSN, most)
 

@@ -45,6 +45,7 @@ class UnionAttention(RoutedAttention):
         reference_R: Tensor | None = None,
         cache: Cache | None = None,
         places_BS: Tensor | None = None,
+        reach_BS: Tensor | None = None,
         **kwargs: Any,
     ) -> tuple[Tensor, None, RoutingLoad]:
         """Output [B, S, H], no attention weights, and the experts' load."""
@@ -58,9 +59,10 @@ class UnionAttention(RoutedAttention):
         weights_BSE = choice.weights_TE.view(batch, length, -1)
         if attention_mask is not None and attention_mask.ndim != 4:
             attention_mask = None  # flash attention's: padding, which is never selected
-        attend = self._masked if ops.forced_backend() == "naive" else self._compact
-        y_BSH = attend(x_BSH, mask_BSE, weights_BSE, position_embeddings, attention_mask, cache)
-        return y_BSH, None, choice.load
+        given = x_BSH, mask_BSE, weights_BSE, position_embeddings, attention_mask, cache
+        if ops.forced_backend() == "naive":
+            return self._masked(*given), None, choice.load
+        return self._compact(*given, reach_BS), None, choice.load
 
     def _masked(
         self,
@@ -111,6 +113,7 @@ class UnionAttention(RoutedAttention):
         position_embeddings: tuple[Tensor, Tensor],
         attention_mask: Tensor | None,
         cache: Cache | None,
+        reach_BS: Tensor | None,
     ) -> Tensor:
         """Only selected tokens are projected, stored and attended to, expert by expert."""
         batch, length, hidden = x_BSH.shape
@@ -134,7 +137,13 @@ class UnionAttention(RoutedAttention):
             cos, sin = (t[batch_P, step_P][:, None] for t in (cos_BSd, sin_BSd))
             q, k = _rotate(q, cos, sin), _rotate(k, cos, sin)
             rows = k, v, layer.seen + step_P
-            heads_PNd = self._attend(q, layer, expert, batch, batch_P, rows, attention_mask)
+            fresh = expert not in layer.experts
+            if fresh and reach_BS is not None and not self._dropout and ops.attends_heads(q):
+                heads_PNd = self._attend_in_a_row(q, k, v, batch_P, step_P, reach_BS)
+                if cache is not None:
+                    layer.append(expert, batch, batch_P, rows)
+            else:
+                heads_PNd = self._attend(q, layer, expert, batch, batch_P, rows, attention_mask)
             gate_P = weights_BSE[batch_P, step_P, expert]
             heads_PNd = ops.gate_heads(heads_PNd, gate_P[:, None].expand(heads_PNd.shape[:2]))
             out_PH = F.linear(heads_PNd.flatten(1), columns[expert])
@@ -168,6 +177,28 @@ class UnionAttention(RoutedAttention):
             self, query, keys, values, mask, dropout=self._dropout, scaling=self.scaling
         )
         return heads[batch_P, place_P]
+
+    def _attend_in_a_row(
+        self,
+        q_PNd: Tensor,
+        k_PGd: Tensor,
+        v_PGd: Tensor,
+        batch_P: Tensor,
+        step_P: Tensor,
+        reach_BS: Tensor,
+    ) -> Tensor:
+        """Heads [P, N, d] of one expert's tokens, all sequences in one row: no padding, no mask.
+
+        A token sees those before it from its own sequence, window and document on.
+        """
+        length = reach_BS.shape[1]
+        reach_P = reach_BS[batch_P, step_P]
+        if self.sliding_window is not None:
+            reach_P = reach_P.clamp(max=self.sliding_window - 1)
+        order_P = batch_P * length + step_P
+        first_P = torch.searchsorted(order_P, order_P - torch.minimum(reach_P, step_P))
+        q, k, v = (t[None] for t in (q_PNd, k_PGd, v_PGd))
+        return ops.attend_heads(q, k, v, first_P[None], self.scaling)[0]
 
     def _compact_mask(
         self, slot_BQ: Tensor, slot_BL: Tensor, seen: int, attention_mask: Tensor | None

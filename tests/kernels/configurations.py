@@ -41,9 +41,10 @@ def tiled(arch: str, dtype: str) -> Iterator[Configuration]:
                 fn, arguments = routed_mlp(kernel, POINTERS[dtype])
                 arguments |= {
                     "BM": found.block_m or int(rows), "BN": found.block_n, "BK": found.block_k,
-                    "GROUP": found.group, "UPCAST": False, "PRECISION": "tf32", "ACC": tl.float32,
+                    "GROUP": found.group, "PARTS": found.parts, "UPCAST": False,
+                    "PRECISION": "tf32", "ACC": tl.float32,
                 }  # fmt: skip
-                options = {"num_warps": found.warps, "num_stages": found.stages}
+                options = found.options()
                 yield f"{kernel} {dtype} {rows} {size}", fn, arguments, options
 
 
@@ -51,25 +52,27 @@ def heads(kernel: str, dtype: str, by_size: dict[str, Any]) -> Iterator[Configur
     """A kernel of attention, over all rows and over some."""
     values = POINTERS[dtype]
     strides = {f"{t}_{s}": STEP for t in "qkv" for s in "bsnlg"}
-    tensors = dict.fromkeys(("q", "k", "v", "out", "raw", "dout", "dq", "dk", "dv"), values)
+    tensors = dict.fromkeys(("q", "k", "v", "out", "raw", "draw", "dout", "dq", "dk", "dv"), values)
     floats = dict.fromkeys(("gate", "sums", "dgate", "deltas"), FLOATS)
-    numbers = {"S": "i32", "L": "i32", "scale": "fp32", "scale_e": "fp32", "first": INTS}
+    numbers = {"S": "i32", "L": "i32", "scale": "fp32", "scale_e": "fp32"}
+    numbers |= {"first": INTS, "latest": INTS, "until": INTS}
     for size, sparse in itertools.product(("64", "128"), (False, True)):
         found = tiling.Tiling(**(by_size.get(size) or by_size["*"])["*"])
         arguments = strides | tensors | floats | numbers | {
             "rows": INTS if sparse else None, "segments": INTS if sparse else None,
             "starts": INTS if sparse else None, "N": 32, "G": 8, "D": int(size), "DP": int(size),
             "SPARSE": sparse, "GATED": True, "BM": found.block_m, "BN": found.block_n,
-            "UPCAST": False, "PRECISION": "tf32", "ACC": tl.float32,
+            "INDEX": tl.int32, "UPCAST": False, "PRECISION": "tf32", "ACC": tl.float32,
         }  # fmt: skip
         name = f"{kernel} {dtype} {size} {'some' if sparse else 'all'}"
-        options = {"num_warps": found.warps, "num_stages": found.stages}
+        options = found.options()
         yield name, getattr(attention, kernel), arguments, options
 
 
 def routed_mlp(kernel: str, values: str) -> tuple[Any, dict[str, Any]]:
     """A kernel of the routed MLP and its arguments for a model of HIDDEN and INNER."""
     rows = {"pairs": INTS, "offsets": INTS, "tiles": INTS, "U": "i32"}
+    rows["depth"] = "i32"
     layout = {"h_gate": 1, "h_up": STEP}
     if kernel == "up_swiglu":
         return gemm.up_swiglu, rows | layout | {
@@ -125,7 +128,7 @@ def routing(experts: int, k: int) -> Iterator[Configuration]:
     for kernel, arguments in (
         (route.choose, sizes | how | tokens | {
             "logits": FLOATS, "bias": FLOATS, "valid": "*i1", "weights": FLOATS, "indices": "*i64",
-            "ranks": INTS, "counts": INTS, "sums": FLOATS, "KP": triton.next_power_of_2(k),
+            "ranks": INTS, "counts": INTS, "sums": FLOATS,
             "BIASED": True,
         }),
         (route.differentiate, sizes | how | tokens | {
@@ -137,9 +140,10 @@ def routing(experts: int, k: int) -> Iterator[Configuration]:
         }),
         (route.place, plan | {
             "indices": "*i64", "ranks": INTS, "counts": INTS, "sums": FLOATS, "loads": FLOATS,
-            "P": "i32", "run_pairs": "i32", "R": "i32", "U": "i32", "E": experts, "EP": wide,
-            "BR": 4096 // wide, "BP": 1024, "BM": 128, "BU": 4096 // wide, "BO": 4096 // wide,
-            "SUMS": True,
+            "P": "i32", "run_pairs": "i32", "R": "i32", "share": "i32", "U": "i32",
+            "E": experts, "EP": wide, "BR": 4096 // wide, "BP": 1024, "BM": 128,
+            "BU": 4096 // wide, "BO": 4096 // wide, "SUMS": True,
         }),
     ):  # fmt: skip
-        yield f"{kernel.fn.__name__} {experts} {k}", kernel, arguments, {"num_warps": 8}
+        warps = 8 if kernel in (route.place, route.count) else route.WARPS
+        yield f"{kernel.fn.__name__} {experts} {k}", kernel, arguments, {"num_warps": warps}

@@ -123,7 +123,11 @@ SWAPPED = "return up / (1 + tl.exp(-ALPHA * up)) * gate"
 MUTATIONS = {  # name: file, what stands there, what is put in its place (within bounds of memory)
     "gate and up swapped": (gemm, "return gate / (1 + tl.exp(-ALPHA * gate)) * up", SWAPPED),
     "a dropped tile": (gemm, "if tile >= 0:", "if tile > 0:"),
-    "the first part of K alone": (gemm, "for k in range(0, H, BK):", "for k in range(0, BK, BK):"),
+    "the first part of K alone": (
+        gemm,
+        "for k in range(0, depth, BK):",
+        "for k in range(0, BK, BK):",
+    ),
     "unweighed": (gemm, "act *= tl.load", "act *= 1 + 0 * tl.load"),
     "another token": (gemm, "(pair // K).to", "(pair // (2 * K)).to"),
     "a row too few": (gemm, "for k in tl.static_range(K):", "for k in tl.static_range(K - 1):"),

@@ -49,16 +49,20 @@ def relative(actual, expected) -> float:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("given", INPUTS.values(), ids=INPUTS)
+@pytest.mark.parametrize("name", INPUTS)
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("family", ["llama", "mistral"])
 @torch.no_grad()
-def test_logits_are_those_of_attention_and_gate_apart(family, kind, given, monkeypatch, seen):
+def test_logits_are_those_of_attention_and_gate_apart(family, kind, name, monkeypatch, seen):
+    given = INPUTS[name]
     model = routed_model(dense_model(family).double(), KINDS[kind])
     ours, theirs = both(model, monkeypatch, **given)
     valid = given.get("attention_mask", torch.ones(2, 20)).bool()
     assert relative(ours[valid], theirs[valid]) < 1e-12
-    assert seen == [kind in ("moh, few", "two_stage")] * 3
+    few = kind in ("moh, few", "two_stage")
+    # torch's own attention and a gate after it, unless heads are left out or there is a mask
+    masked = family == "mistral" or name not in ("plain", "one document")
+    assert seen == [few] * (3 if few or masked else 0)
 
 
 @pytest.mark.parametrize("kind", ["moh, few", "two_stage", "bam"])
@@ -72,7 +76,7 @@ def test_gradients_are_too(kind, monkeypatch, seen):
     for name, gradient in found[0].items():
         assert relative(gradient, found[1][name]) < 1e-9, name
     # a straight-through router asks after the heads that are off: they must be computed
-    assert seen == [kind == "two_stage"] * 3
+    assert seen == [True] * (3 if kind == "two_stage" else 0)
 
 
 @torch.no_grad()

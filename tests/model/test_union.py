@@ -6,6 +6,7 @@ from tiny import dense_model, routed_model, tokens
 from transformers import DynamicCache
 
 from moe.errors import UserError
+from moe.kernels import ops
 from moe.model.cache import CACHE, RaggedLayer
 
 UNION = {"kind": "uoe", "num_experts": 3, "top_k": 1, "sink_tokens": 1}
@@ -41,6 +42,33 @@ def test_both_paths_agree_in_every_family(family, masked):
     assert relative(model(ids).logits, expected) < 1e-12
     model.model.layers[2].self_attn.router.weight.neg_()  # negative control
     assert relative(model(ids).logits, expected) > 1e-3
+
+
+PADDING = torch.tensor([[0] * 5 + [1] * 19, [1] * 24])
+
+
+@pytest.mark.parametrize("given", [
+    {}, {"attention_mask": PADDING}, {"attention_mask": PADDING.flip(1)},
+    {"position_ids": (torch.arange(24) % 9)[None].expand(2, -1)},
+], ids=["plain", "padding on the left", "padding on the right", "documents"])  # fmt: skip
+@pytest.mark.parametrize("family", ["llama", "mistral"])
+def test_a_kernel_over_compacted_keys_agrees(family, given, masked, monkeypatch):
+    """Every expert's tokens in one row, in Triton: outputs, gradients, and no other attention."""
+    model = build(family, [UNION, {"kind": "uoe", "num_experts": 3, "top_k": 2}, UNION])
+    model.train()
+    calls, attend = [], ops.attend_heads
+    monkeypatch.setattr(ops, "attend_heads", lambda *g: calls.append(len(g[0][0])) or attend(*g))
+    there = given.get("attention_mask", torch.ones_like(PADDING)).bool()[..., None]
+    direction, found = torch.linspace(-1, 1, 97, dtype=torch.float64), []
+    monkeypatch.setenv("MOE_KERNELS", "triton")
+    for run in (model, lambda *g, **o: masked(model, *g, **o)):
+        model.zero_grad()
+        logits = run(tokens(2, 24), use_cache=False, **given).logits * there
+        (logits * direction).sum().backward()
+        found.append([logits.detach(), *(p.grad.clone() for p in model.parameters())])
+    assert len(calls) == 9 and sum(calls) >= 4 * there.sum()
+    for actual, expected in zip(*found, strict=True):
+        assert relative(actual, expected) < 1e-10
 
 
 @pytest.mark.parametrize("implementation", ["sdpa", "eager"])
