@@ -12,6 +12,9 @@ import torch
 from torch import Tensor
 
 from moe.kernels.backend import BACKENDS, forced, triton_module, triton_runs
+from moe.kernels.exchange import naive as exchange_naive
+from moe.kernels.exchange import op as exchange_op
+from moe.kernels.exchange.naive import Packed
 from moe.kernels.heads import naive as heads_naive
 from moe.kernels.heads import op as heads_op
 from moe.kernels.route import naive as route_naive
@@ -25,18 +28,22 @@ from moe.kernels.routed_mlp.naive import PLAIN, Layout
 __all__ = [
     "BACKENDS",
     "Layout",
+    "Packed",
     "Plan",
     "Routed",
     "attend_heads",
     "attends_heads",
     "backend",
     "gate_heads",
+    "pack",
     "route",
     "routed_mlp",
     "routes_at_once",
     "select_top_k",
     "sort_pairs",
+    "sparse_share",
     "triton_runs",
+    "unpack",
     "weigh",
 ]
 
@@ -46,6 +53,12 @@ __all__ = [
 CACHE_BYTES = 48 * 2**20
 
 forced_backend = forced
+# Tokens of a sequence, and the share of heads on up to which the others are better left out.
+# bench/results/gpu_heads.md (an H200; 0.5 on: 1.15 times as fast at 8k, 1.38 at 32k, a loss at 2k)
+# and bench/sparse_heads.py.
+CUDA_SHARES: tuple[tuple[int, float], ...] = ((32768, 0.6), (8192, 0.5))
+CPU_SHARES: tuple[tuple[int, float], ...] = ((512, 0.5),)
+FORCED_SHARE = 0.6  # with MOE_KERNELS=triton, whatever the length
 HEAD_SIZE = 128  # the largest that the attention kernels have tilings for
 weigh = route_naive.weigh
 
@@ -202,6 +215,52 @@ def _check(x: Tensor, w1: Tensor, w2: Tensor, indices: Tensor, weights: Tensor) 
         raise ValueError(f"routed_mlp's tensors are on {' and '.join(sorted(devices))}.")
 
 
+def pack(x: Tensor, indices: Tensor, weights: Tensor, experts: int, ranks: int) -> Packed:
+    """Tokens [T, H] for the ranks that hold their experts, once for each rank (exchange/naive.py).
+
+    indices [T, K] int64 in 0..E-1, or E for none; rank w has experts w · E / W to (w + 1) · E / W.
+    Rows, indices and weights are what the receiver's routed_mlp takes; what it gives goes back and
+    through `unpack`. Differentiable in x and weights. Raises ValueError where shapes do not agree.
+    """
+    if experts < 1 or ranks < 1 or experts % ranks:
+        raise ValueError(f"pack: {experts} experts cannot be shared by {ranks} ranks evenly.")
+    if x.ndim != 2 or indices.shape != weights.shape or len(indices) != len(x):
+        raise ValueError(
+            f"pack: x {tuple(x.shape)}, indices {tuple(indices.shape)}, weights "
+            f"{tuple(weights.shape)}. Expected [T, H], [T, K] and [T, K]."
+        )
+    route_naive.check_indices(indices, experts)
+    if triton_runs(x.device, x.dtype) and len(x):
+        given = (t.contiguous() for t in (x, indices, weights))
+        return Packed(*exchange_op.pack(*given, experts, ranks))
+    return exchange_naive.pack(x, indices, weights, experts, ranks)
+
+
+def unpack(rows_NH: Tensor, packed: Packed) -> Tensor:
+    """What came back for each token, added up [T, H]; rows [N, H] lie as `packed`'s."""
+    if rows_NH.ndim != 2 or len(rows_NH) != len(packed.rows_NH):
+        raise ValueError(
+            f"unpack: rows {tuple(rows_NH.shape)}, expected [{len(packed.rows_NH)}, H]."
+        )
+    if triton_runs(rows_NH.device, rows_NH.dtype) and len(packed.place_TK):
+        how = packed.place_TK, packed.pair_P, packed.offset_W1
+        return exchange_op.unpack(rows_NH.contiguous(), *how)
+    return exchange_naive.unpack(rows_NH, packed.place_TK)
+
+
+def sparse_share(device: torch.device, dtype: torch.dtype, length: int) -> float:
+    """Up to which share of heads on leaving out the others pays, against all and a gate after them.
+
+    0 where it never does: below a length the list of rows costs more than it saves.
+    """
+    table: tuple[tuple[int, float], ...]
+    if triton_runs(device, dtype):
+        table = ((0, FORCED_SHARE),) if forced() else CUDA_SHARES
+    else:
+        table = CPU_SHARES if device.type == "cpu" and forced() != "naive" else ()
+    return next((share for tokens, share in table if length >= tokens), 0.0)
+
+
 def gate_heads(heads_BSNd: Tensor, gate_BSN: Tensor) -> Tensor:
     """Head outputs [B, S, N, d] times a gate [B, S, N]; a gate of 1 leaves them bitwise alone."""
     if heads_BSNd.shape[:-1] != gate_BSN.shape:
@@ -249,6 +308,37 @@ def attend_heads(
     dtype = _cast_to(q_BSNd)
     if torch.is_autocast_enabled(q_BSNd.device.type):
         q_BSNd, k_BLGd, v_BLGd = (t.to(dtype) for t in (q_BSNd, k_BLGd, v_BLGd))
+    _check_heads(q_BSNd, k_BLGd, v_BLGd, first_BS, gate_BSN, on_BSN)
+    if not attends_heads(q_BSNd):
+        if on_BSN is not None and q_BSNd.device.type == "cpu" and forced() != "naive":
+            some = q_BSNd, k_BLGd, v_BLGd, gate_BSN, on_BSN, first_BS, scale
+            return heads_op.attend_some_heads(*some)[0]
+        given = q_BSNd, k_BLGd, v_BLGd, first_BS, scale, gate_BSN, on_BSN
+        return heads_naive.attend_heads(*given)
+    q, k, v = (t if t.stride(-1) == 1 else t.contiguous() for t in (q_BSNd, k_BLGd, v_BLGd))
+    gate = None if gate_BSN is None else gate_BSN.contiguous()
+    first = first_BS.to(torch.int32).contiguous()
+    learns = torch.is_grad_enabled() and any(
+        t is not None and t.requires_grad for t in (q, k, v, gate)
+    )
+    if q.shape[1] == 1 and not learns:
+        on = None if on_BSN is None else on_BSN.contiguous()
+        return heads_op.decode_heads(q, k, v, gate, on, first, scale)
+    rows: list[Tensor] = []
+    if on_BSN is not None:
+        made = triton_module("heads.triton").rows_of(on_BSN, k.shape[2], most or on_BSN.numel())
+        rows = list(made)
+    return heads_op.attend_heads(q, k, v, gate, first, rows, scale)[0]
+
+
+def _check_heads(
+    q_BSNd: Tensor,
+    k_BLGd: Tensor,
+    v_BLGd: Tensor,
+    first_BS: Tensor,
+    gate_BSN: Tensor | None,
+    on_BSN: Tensor | None,
+) -> None:
     if q_BSNd.dtype != k_BLGd.dtype or k_BLGd.dtype != v_BLGd.dtype:
         raise ValueError(
             f"attend_heads dtypes differ: q {q_BSNd.dtype}, k {k_BLGd.dtype}, v {v_BLGd.dtype}."
@@ -270,20 +360,3 @@ def attend_heads(
     for name, tensor in (("gate", gate_BSN), ("on", on_BSN)):
         if tensor is not None and tensor.shape != (batch, length, heads):
             raise ValueError(f"attend_heads: {name} is {tuple(tensor.shape)}, not [B, S, N].")
-    if not attends_heads(q_BSNd):
-        given = q_BSNd, k_BLGd, v_BLGd, first_BS, scale, gate_BSN, on_BSN
-        return heads_naive.attend_heads(*given)
-    q, k, v = (t if t.stride(-1) == 1 else t.contiguous() for t in (q_BSNd, k_BLGd, v_BLGd))
-    gate = None if gate_BSN is None else gate_BSN.contiguous()
-    first = first_BS.to(torch.int32).contiguous()
-    learns = torch.is_grad_enabled() and any(
-        t is not None and t.requires_grad for t in (q, k, v, gate)
-    )
-    if length == 1 and not learns:
-        on = None if on_BSN is None else on_BSN.contiguous()
-        return heads_op.decode_heads(q, k, v, gate, on, first, scale)
-    rows: list[Tensor] = []
-    if on_BSN is not None:
-        made = triton_module("heads.triton").rows_of(on_BSN, groups, most or on_BSN.numel())
-        rows = list(made)
-    return heads_op.attend_heads(q, k, v, gate, first, rows, scale)[0]

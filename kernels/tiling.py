@@ -77,11 +77,17 @@ def _find(
         by_rows = by_dtype.get(dtype, {}).get(kernel, {})
         by_size = by_rows.get(str(rows)) or by_rows.get("*") or {}
         if found := by_size.get(f"{sizes[0]}x{sizes[1]}") or by_size.get("*"):
-            return Tiling(**found)
+            try:
+                return Tiling(**found)
+            except TypeError as error:
+                raise ValueError(f"{path}: {arch}, {dtype}, {kernel}: {error}") from error
     raise ValueError(f"no tiling of {kernel} for {arch}, {dtype}, {rows} rows in {SHIPPED.name}.")
 
 
 @functools.cache
 def table(path: str) -> dict[str, Any]:
-    """A table file."""
-    return json.loads(Path(path).read_text())
+    """A table file. Raises ValueError where there is none."""
+    try:
+        return json.loads(Path(path).read_text())
+    except (OSError, json.JSONDecodeError) as error:
+        raise ValueError(f"MOE_KERNELS_TABLE={path} is no table of tilings: {error}") from error

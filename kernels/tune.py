@@ -86,7 +86,8 @@ def candidates(kernel: str, rows: int, dtype: str) -> list[Cut]:
         found = cuts((64, 128), warps, (3, 4))
     elif kernel == "down_dgrad":
         found = cuts((64, 128, 256), warps, (3, 4))
-        found = [cut | {"parts": 16 if cut["block_n"] > 64 else 4} for cut in found]
+        # parts of less than 16 columns are stored in half sectors, at half the speed
+        found = [cut | {"parts": 8 if cut["block_n"] > 128 else 4} for cut in found]
     else:
         found = cuts((128, 256), warps, (3, 4))
     two = [
@@ -201,6 +202,18 @@ def table_of(arch: str, dtype: str, size: str, chosen: list[Timing]) -> dict[str
         key = "*" if timing.kernel == "weight_gradient" else str(timing.rows)
         found.setdefault(timing.kernel, {})[key] = {size: timing.cut}
     return {arch: {dtype: found}}
+
+
+def add(table: dict[str, Any], sizes: Sizes, chosen: list[Timing]) -> None:
+    """Put tilings into a table, for experts or heads of these sizes alone."""
+    arch = architecture(torch.device("cuda" if torch.cuda.is_available() else "cpu"))
+    size = f"{sizes.hidden}x{sizes.inner}"
+    if sizes.heads:
+        size = f"{sizes.head_size}x{sizes.head_size}"
+    for kernel, by_rows in table_of(arch, sizes.dtype, size, chosen)[arch][sizes.dtype].items():
+        there = table.setdefault(arch, {}).setdefault(sizes.dtype, {}).setdefault(kernel, {})
+        for rows, by_size in by_rows.items():
+            there.setdefault(rows, {}).update(by_size)
 
 
 @contextlib.contextmanager

@@ -39,6 +39,7 @@ COMMANDS = {
     ),
     "eval": ("moe.evals.command", "Evaluate with lm-evaluation-harness, beside baselines."),
     "inspect": ("moe.hf.inspect_command", "Architecture, parameters, routing and receipt."),
+    "kernels": ("moe.hf.kernels_command", "Tune the Triton kernels' tilings for a model."),
     "verify": ("moe.upcycle.verify_command", "Whether a folder still is what was written."),
 }
 

@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 
 from moe.kernels.backend import triton_module
+from moe.kernels.heads import cpu
 
 
 def _rows(listed: list[Tensor]) -> Any:
@@ -107,6 +108,88 @@ def _differentiate(ctx: Any, dout: Tensor | None, *unused: None) -> tuple[Any, .
 
 
 attend_heads.register_autograd(_differentiate, setup_context=_save)
+
+
+@torch.library.custom_op("moe::attend_some_heads", mutates_args=())
+def attend_some_heads(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    gate: Tensor | None,
+    on: Tensor,
+    first: Tensor,
+    scale: float,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Gated outputs of the heads that are on, ungated ones and logsumexps (heads/cpu.py)."""
+    return cpu.forward(q, k, v, first, scale, gate, on)
+
+
+@attend_some_heads.register_fake
+def _(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    gate: Tensor | None,
+    on: Tensor,
+    first: Tensor,
+    scale: float,
+) -> tuple[Tensor, Tensor, Tensor]:
+    raw = q.new_empty(0) if gate is None else q.new_empty(q.shape)
+    sums = q.new_empty(q.shape[:3], dtype=torch.promote_types(q.dtype, torch.float32))
+    return q.new_empty(q.shape), raw, sums
+
+
+@torch.library.custom_op("moe::attend_some_heads_backward", mutates_args=())
+def _backward_some(
+    dout: Tensor,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    gate: Tensor | None,
+    on: Tensor,
+    first: Tensor,
+    scale: float,
+    raw: Tensor,
+    sums: Tensor,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    return cpu.backward(dout, q, k, v, first, scale, gate, on, raw, sums)
+
+
+@_backward_some.register_fake
+def _(
+    dout: Tensor,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    gate: Tensor | None,
+    on: Tensor,
+    first: Tensor,
+    scale: float,
+    raw: Tensor,
+    sums: Tensor,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    dgate = sums.new_empty(0) if gate is None else torch.empty_like(gate)
+    return q.new_empty(q.shape), k.new_empty(k.shape), v.new_empty(v.shape), dgate
+
+
+def _save_some(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor, Tensor]) -> None:
+    q, k, v, gate, on, first, ctx.scale = inputs
+    out, raw, sums = output
+    ctx.save_for_backward(q, k, v, gate, on, first, out if gate is None else raw, sums)
+    ctx.mark_non_differentiable(raw, sums)
+    ctx.set_materialize_grads(False)
+
+
+def _differentiate_some(ctx: Any, dout: Tensor | None, *unused: None) -> tuple[Any, ...]:
+    q, k, v, gate, on, first, raw, sums = ctx.saved_tensors
+    if dout is None:
+        return (None,) * 7
+    found = _backward_some(dout, q, k, v, gate, on, first, ctx.scale, raw, sums)
+    needed = zip(found, ctx.needs_input_grad[:4], strict=True)
+    return *(t if need else None for t, need in needed), None, None, None
+
+
+attend_some_heads.register_autograd(_differentiate_some, setup_context=_save_some)
 
 
 @torch.library.custom_op("moe::decode_heads", mutates_args=())

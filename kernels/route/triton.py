@@ -17,7 +17,7 @@ from moe.kernels.device import num_processors
 from moe.kernels.route.naive import Plan, block_rows, check_experts, tile_bound
 
 PER_PROCESSOR, WARPS = 4, 4  # programs, and of how many warps
-TILE = 2048  # scores that a program looks at together
+TILE = 512  # scores that a program looks at together
 
 
 @triton.jit

@@ -102,7 +102,9 @@ def down_dgrad(
             for q in tl.static_range(PARTS):
                 some = _part(da, q, BM, BN, PARTS)
                 place = block * BN + q * (BN // PARTS) + slice
-                inside = there[:, None] & (place < I)[None, :]
+                inside = there[:, None]
+                if I % BN:
+                    inside = inside & (place < I)[None, :]
                 h_at = local[:, None] * (2 * I) + place[None, :] * h_gate
                 a_at = local[:, None] * I + place[None, :]
                 part += _through_swiglu(

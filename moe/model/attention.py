@@ -24,10 +24,6 @@ from moe.model.losses import RoutingLoad
 from moe.model.router import attention_router
 from moe.model.spec import AttentionSpec, BAMAttention, MoHAttention
 
-# Heads on per token, as a share, up to which leaving the others out is worth a list of rows: half
-# to three quarters by arithmetic, since scattered rows lose at a tile's edges. Not timed yet.
-SPARSE_BELOW = 0.6
-
 
 class RoutedAttention(LlamaAttention):
     """Dense, MoH or BAM attention of the LLaMA, Mistral, Qwen2 and Qwen3 families.
@@ -97,11 +93,12 @@ class RoutedAttention(LlamaAttention):
         cache = past_key_values if cache is None else cache
         if cache is not None:
             key, value = cache.update(key, value, self.layer_idx)
-        if gate is not None and reach_BS is not None and ops.attends_heads(query):
+        if gate is not None and reach_BS is not None:
             gate_BSN = gate.view(batch, length, -1)
-            on_BSN, most = self._heads_on(gate_BSN)
+            on_BSN, most = self._heads_on(gate_BSN, query)
             # torch's own attention is the faster one over all heads, but not with a mask
-            if on_BSN is not None or attention_mask is not None:
+            masked = attention_mask is not None and ops.attends_heads(query)
+            if on_BSN is not None or masked:
                 given = query, key, value, reach_BS, gate_BSN, on_BSN, most
                 heads_BSNd = self._attend_gated(*given)
                 return self.o_proj(heads_BSNd.reshape(batch, length, -1)), None, load
@@ -123,13 +120,16 @@ class RoutedAttention(LlamaAttention):
             heads_BSNd = ops.gate_heads(heads_BSNd, gate.view(batch, length, -1))
         return self.o_proj(heads_BSNd.reshape(batch, length, -1)), weights, load
 
-    def _heads_on(self, gate_BSN: Tensor) -> tuple[Tensor | None, int | None]:
+    def _heads_on(self, gate_BSN: Tensor, query: Tensor) -> tuple[Tensor | None, int | None]:
         """Which heads to compute and how many at most; None where leaving some out does not pay."""
         batch, length, heads = gate_BSN.shape
         asks = self.learns_from_heads_that_are_off and gate_BSN.requires_grad
-        # one token alone: what takes time is reading keys and values, so any head less pays
-        alone = length == 1 and not torch.is_grad_enabled()
-        pays = self.heads_on < heads if alone else self.heads_on <= SPARSE_BELOW * heads
+        if length == 1 and ops.attends_heads(query) and not torch.is_grad_enabled():
+            # what takes time is reading keys and values, so any head less pays
+            pays = self.heads_on < heads
+        else:
+            share = ops.sparse_share(query.device, query.dtype, length)
+            pays = self.heads_on <= share * heads
         if asks or not pays:
             return None, None
         return gate_BSN.detach() != 0, batch * length * self.heads_on

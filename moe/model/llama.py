@@ -222,7 +222,8 @@ class RoutedLlamaModel(RoutedLlamaPreTrainedModel):
         planar = attention_mask is None or attention_mask.ndim == 2
         drops = self.training and self.config.attention_dropout
         preallocated = getattr(cache, "is_compileable", False)  # its last keys are not the newest
-        runs = ops.triton_runs(inputs_embeds.device, inputs_embeds.dtype)
+        given = inputs_embeds.device, inputs_embeds.dtype
+        runs = ops.triton_runs(*given) or ops.sparse_share(*given, inputs_embeds.shape[1]) > 0
         sdpa = self.config._attn_implementation == "sdpa"
         if not planar or drops or preallocated or not runs or not sdpa:
             return None

@@ -8,7 +8,7 @@ import triton
 import triton.language as tl
 
 from moe.kernels import tiling
-from moe.kernels.heads import attention
+from moe.kernels.heads import attention, decoding, gating, listing
 from moe.kernels.route import triton as route
 from moe.kernels.routed_mlp import gemm, gradients
 
@@ -25,8 +25,10 @@ def configurations(arch: str, dtype: str) -> Iterator[Configuration]:
     if dtype == "float32":
         for experts, k in itertools.product((8, 128, 512), (2, 8)):
             yield from routing(experts, k)
-    for kernel, arguments in small(POINTERS[dtype]):
-        yield f"{kernel.fn.__name__} {dtype}", kernel, arguments, {"num_warps": 4, "num_stages": 3}
+    for kernel, arguments in itertools.chain(small(POINTERS[dtype]), around(POINTERS[dtype])):
+        size = f" {arguments['D']}" if "D" in arguments else ""
+        options = {"num_warps": 4, "num_stages": 3}
+        yield f"{kernel.fn.__name__} {dtype}{size}", kernel, arguments, options
 
 
 def tiled(arch: str, dtype: str) -> Iterator[Configuration]:
@@ -117,10 +119,36 @@ def small(values: str) -> Iterator[tuple[Any, dict[str, Any]]]:
     }  # fmt: skip
 
 
+def around(values: str) -> Iterator[tuple[Any, dict[str, Any]]]:
+    """What goes with attention: decoding, a gate apart, the list of heads that are on."""
+    if values == "*fp32":  # they do not depend on it
+        sizes = {"on": "*i1", "S": "i32", "N": 32, "G": 8, "PART": 4096, "BLOCK": 1024}
+        yield listing.count_on, sizes | {"counts": INTS}
+        yield listing.place_on, sizes | {
+            "counts": INTS, "rows": INTS, "ends": INTS, "starts": INTS, "most": "i32",
+            "segments": "i32", "BC": 4096,
+        }  # fmt: skip
+        return
+    how = {"UPCAST": False, "PRECISION": "tf32", "ACC": tl.float32}
+    strides = {f"{t}_{s}": STEP for t in "qkv" for s in "bnlg"}
+    tensors = dict.fromkeys(("q", "k", "v", "out", "heads", "dout", "dheads"), values)
+    floats = dict.fromkeys(("gate", "dgate", "largest", "total", "parts"), FLOATS)
+    for size in (64, 128):
+        wide = {"D": size, "DP": size, "BR": 4096 // size, "R": "i32"}
+        given = how | strides | tensors | floats | wide | {
+            "on": "*i1", "first": INTS, "L": "i32", "span": "i32", "scale": "fp32", "J": "i32",
+            "N": 32, "G": 8, "MP": 16, "SPARSE": True, "GATED": True, "BN": decoding.BLOCK,
+        }  # fmt: skip
+        yield decoding.decode_parts, given
+        yield decoding.merge_parts, given
+        yield gating.gate_rows, given
+        yield gating.ungate_rows, given
+
+
 def routing(experts: int, k: int) -> Iterator[Configuration]:
     """The four kernels of routing, with everything that they can be asked for."""
     wide = max(16, triton.next_power_of_2(experts))
-    tile = max(1, min(32, 2048 // wide))
+    tile = max(1, min(32, route.TILE // wide))
     sizes = {"E": experts, "EP": wide, "K": k, "BT": tile}
     how = {"SIGMOID": True, "RENORMALISE": True, "PADDED": True}
     tokens = {"T": "i32", "span": "i32", "scale": "fp32"}

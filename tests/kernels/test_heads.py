@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from moe.kernels import ops
-from moe.kernels.heads import attention, naive
+from moe.kernels.heads import attention, cpu, naive
 from moe.kernels.heads import triton as kernels
 
 NAMES = ("out", "dq", "dk", "dv", "dgate")
@@ -188,6 +188,89 @@ def test_bits_repeat():
     for _ in range(3):
         again = results(ops.attend_heads, given)
         assert all(torch.equal(first[name], again[name]) for name in first)
+
+
+@pytest.fixture
+def on_cpu(monkeypatch):
+    """torch's own attention, small runs of rows, three KV heads at a time."""
+    monkeypatch.setenv("MOE_KERNELS", "cpu")
+    monkeypatch.setattr(cpu, "ROWS", 16)
+    monkeypatch.setattr(torch, "get_num_threads", lambda: 3)
+
+
+@pytest.mark.parametrize("mask", ["causal", "window", *SLOW])
+@pytest.mark.parametrize("keep", [1, 2])
+@pytest.mark.parametrize("shape", SHAPES.values(), ids=SHAPES)
+def test_a_cpu_leaves_heads_out_too(shape, keep, mask, on_cpu):
+    assert_close(case(shape, mask, keep), 1e-12)
+    assert_close(case(shape, mask, keep, torch.float32), 1e-6, gated=False)
+
+
+def test_a_cpu_with_uneven_heads(on_cpu):
+    given = case(SHAPES["grouped"])
+    given["on"] = torch.rand(2, 70, 4) < torch.tensor([1.0, 0.9, 0.1, 0.0])
+    given["on"][1, :, 2:] = False
+    assert_close(given, 1e-12)
+    found = results(ops.attend_heads, given)
+    for name in ("out", "dq", "dgate"):
+        assert found[name][~given["on"]].abs().sum() == 0, name
+
+
+def test_a_broken_run_on_a_cpu_is_found(on_cpu, monkeypatch):
+    runs = cpu.runs
+
+    def one_less(*given):
+        return list(runs(*given))[1:]
+
+    def a_key_more(*given):
+        return [r._replace(mask=r.mask.roll(1, -1)) for r in runs(*given)]
+
+    for broken in (one_less, a_key_more):
+        monkeypatch.setattr(cpu, "runs", broken)
+        with pytest.raises(AssertionError):
+            assert_close(case(SHAPES["grouped"], keep=2), 1e-12)
+
+
+def test_opcheck_on_a_cpu(on_cpu):
+    given = case(SHAPES["grouped"], keep=2, dtype=torch.float32)
+    leaves = [given[n].requires_grad_() for n in ("q", "k", "v", "gate")]
+    arguments = *leaves, given["on"], given["first"], 0.25
+    torch.library.opcheck(torch.ops.moe.attend_some_heads.default, arguments)
+
+
+def test_opcheck_of_a_gate_apart():
+    heads, gate = torch.randn(2, 9, 3, 8), torch.randn(2, 9, 3)
+    arguments = heads.requires_grad_(), gate.requires_grad_()
+    torch.library.opcheck(torch.ops.moe.gate_heads.default, arguments)
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16])
+def test_a_gate_apart(dtype):
+    given = [torch.randn(2, 70, 9, 24), torch.randn(2, 70, 9)]
+    dout, found = torch.randn(2, 9, 70, 24).transpose(1, 2).to(dtype), []
+    for function in (ops.gate_heads, lambda h, g: h.double() * g.double()[..., None]):
+        leaves = [given[0].to(dtype).requires_grad_(), given[1].clone().requires_grad_()]
+        out = function(*leaves)
+        found.append([out, *torch.autograd.grad(out, leaves, dout.to(out.dtype))])
+    for actual, expected in zip(*found, strict=True):
+        error = (actual.double() - expected.double()).norm() / expected.double().norm()
+        assert error < (1e-6 if dtype == torch.float64 else 4e-3)
+    assert torch.equal(ops.gate_heads(given[0], torch.ones(2, 70, 9)), given[0])
+    with pytest.raises(ValueError, match=r"Expected \[B, S, N\]"):
+        ops.gate_heads(given[0], torch.ones(2, 70))
+
+
+def test_rows_over_several_parts():
+    """Each program of the list counts what lies in the parts before its own."""
+    on = torch.rand(2, 1500, 6) < 0.4
+    rows = kernels.rows_of(on, 2, on.numel())
+    flat = on.view(2, 1500, 2, 3).transpose(1, 2).reshape(4, -1)
+    assert rows.segment.tolist() == [0, *flat.sum(1).cumsum(0).tolist()]
+    assert (
+        rows.row_R[: flat.sum()].tolist() == torch.cat([f.nonzero()[:, 0] for f in flat]).tolist()
+    )
+    before = (flat.cumsum(1) - flat.long())[:, ::3] + rows.segment[:-1, None]
+    assert torch.equal(rows.start.long(), before)
 
 
 MUTATIONS = {

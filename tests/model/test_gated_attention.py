@@ -65,6 +65,28 @@ def test_logits_are_those_of_attention_and_gate_apart(family, kind, name, monkey
     assert seen == [few] * (3 if few or masked else 0)
 
 
+@pytest.mark.parametrize("name", INPUTS)
+@pytest.mark.parametrize("family", ["llama", "mistral"])
+def test_a_cpu_leaves_few_heads_out(family, name, monkeypatch, seen):
+    """From a length on, which is 0 here; with more heads on the other way is taken."""
+    few = {**TWO_STAGE, "top_k": 1}
+    model, given = routed_model(dense_model(family).double(), few), INPUTS[name]
+    there = given.get("attention_mask", torch.ones(2, 20)).bool()
+    found = []
+    for shares in (((0, 0.5),), ((21, 0.5),)):
+        monkeypatch.setattr(ops, "CPU_SHARES", shares)
+        model.zero_grad()
+        logits = model(tokens(2, 20), use_cache=False, **given).logits[there]
+        (logits * torch.linspace(-1, 1, logits.shape[-1])).sum().backward()
+        found.append([logits.detach(), *(p.grad.clone() for p in model.parameters())])
+    assert seen == [True] * 3
+    for actual, expected in zip(*found, strict=True):  # some gradients are 0 but for rounding
+        assert (actual - expected).norm() < 1e-9 * expected.norm().clamp(min=1e-3)
+    monkeypatch.setattr(ops, "CPU_SHARES", ((0, 0.4),))
+    model(tokens(2, 20))
+    assert len(seen) == 3
+
+
 @pytest.mark.parametrize("kind", ["moh, few", "two_stage", "bam"])
 def test_gradients_are_too(kind, monkeypatch, seen):
     model = routed_model(dense_model().double(), KINDS[kind])

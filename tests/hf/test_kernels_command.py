@@ -1,0 +1,87 @@
+"""`moe kernels tune`, in Triton's interpreter: what it writes is what launches take."""
+
+import json
+
+import pytest
+import torch
+from invoke import moe
+from tiny import MOE, MOH, dense_model, routed_model
+
+from moe.kernels import ops, tiling, tune
+
+FEW = {"block_n": 64, "block_k": 64, "warps": 4, "stages": 1}
+
+
+@pytest.fixture
+def folder(tmp_path, monkeypatch):
+    """A model folder; every kernel has two candidates."""
+
+    def candidates(kernel, rows, dtype):
+        cuts = [FEW | {"group": 2}, FEW | {"group": 3}]
+        own = kernel.startswith(("attend", "weight"))  # tiles that are not the routing's
+        return [c | {"block_m": 32, "block_n": 32} if own else c for c in cuts]
+
+    monkeypatch.setattr(tune, "candidates", candidates)
+    routed_model(dense_model(), [MOH, {"kind": "dense"}, MOH], MOE).save_pretrained(tmp_path / "m")
+    return tmp_path / "m"
+
+
+@pytest.mark.slow
+def test_a_table_is_written_and_used(folder, tmp_path, monkeypatch):
+    table = tmp_path / "table.json"
+    table.write_text('{"sm_90": {"bfloat16": {}}}')
+    result = moe("kernels", "tune", folder, "--output", table, "--tokens", 48, "--json")
+    assert result.code == 0, result.err
+    found = json.loads(table.read_text())
+    assert found["sm_90"] == {"bfloat16": {}}  # what was there is kept
+    kernels = found["interpreter"]["bfloat16"]
+    assert set(kernels) == {"up_swiglu", "down", "dx", "down_dgrad", "weight_gradient", "attend",
+                            "attend_dq", "attend_dkv"}  # fmt: skip
+    assert kernels["down"]["32"]["72x64"]["group"] in (2, 3)
+    monkeypatch.setenv("MOE_KERNELS_TABLE", str(table))
+    cpu = torch.device("cpu")
+    assert tiling.tiling("down", cpu, torch.bfloat16, 32, (72, 64)).warps == 4
+    shipped = tiling.tiling("down", cpu, torch.bfloat16, 32, (72, 128))  # another size
+    monkeypatch.delenv("MOE_KERNELS_TABLE")
+    assert shipped == tiling.tiling("down", cpu, torch.bfloat16, 32, (72, 128))
+
+
+def test_best_is_the_fastest_that_ran():
+    cut, kernel = FEW, "down"
+    timings = [tune.Timing(kernel, 128, cut | {"group": g}, s) for g, s in ((1, 3.0), (2, 1.0))]
+    timings += [
+        tune.Timing(kernel, 128, cut, None, "out of resource"),
+        tune.Timing("dx", 128, cut, None),
+    ]
+    assert tune.best(timings) == [timings[1]]
+
+
+def test_refusals(folder, tmp_path, monkeypatch):
+    table = tmp_path / "table.json"
+    run = "kernels", "tune", folder, "--output", table
+    assert "no kernels" in moe(*run, "--dtype", "int8").err
+    dense = tmp_path / "dense"
+    dense_model().save_pretrained(dense)
+    assert "no kernel to tune" in moe("kernels", "tune", dense, "-o", table).err
+    table.write_text("not JSON")
+    assert "is no table of tilings" in moe(*run).err
+    monkeypatch.delenv("TRITON_INTERPRET", raising=False)
+    result = moe(*run)
+    assert result.code == 2 and "times kernels on a GPU" in result.err
+
+
+def test_a_table_that_is_none_is_refused(tmp_path, monkeypatch):
+    monkeypatch.setenv("MOE_KERNELS", "triton")
+    x, w1, w2 = torch.ones(4, 16), torch.ones(2, 32, 16), torch.ones(2, 16, 16)
+    given = x, w1, w2, torch.zeros(4, 1, dtype=torch.long), torch.ones(4, 1)
+    for text, message in (
+        (None, "No such file"),
+        ("[", "is no table"),
+        ('{"interpreter": {"float32": {"up_swiglu": {"*": {"*": {"speed": 9}}}}}}', "speed"),
+    ):
+        path = tmp_path / f"{len(text or '')}.json"
+        if text:
+            path.write_text(text)
+        monkeypatch.setenv("MOE_KERNELS_TABLE", str(path))
+        with pytest.raises(ValueError, match=message):
+            ops.routed_mlp(*given)
