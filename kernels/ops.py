@@ -6,10 +6,12 @@
 others; `triton` is the default on a GPU, and runs on a CPU in Triton's interpreter.
 """
 
+import functools
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
+from torch.utils.checkpoint import checkpoint
 
 from moe.kernels.backend import BACKENDS, forced, triton_module, triton_runs
 from moe.kernels.exchange import naive as exchange_naive
@@ -175,14 +177,18 @@ def routed_mlp(
     x [T, H]; w1 [E, 2I, H], gate rows before up rows; w2 [E, H, I]; weights [T, K]; indices [T, K]
     int64 in 0..E-1, or E for none. Under autocast x, w1 and w2 are cast as a matmul's would be.
     Differentiable in x, w1, w2 and weights. `plan` is the indices' own, where the router made one.
-    `recompute_h` keeps x alone for the backward pass, at one more GEMM; Triton only. `bias` [E, 2I]
-    of the first layer, and layouts of W1's rows other than ours, are for backends naive and triton.
+    `recompute_h` keeps x alone for the backward pass, at one more GEMM (Triton) or one more forward
+    pass. `bias` [E, 2I] of the first layer, and layouts of W1's rows other than ours, are for
+    backends naive and triton.
     Raises ValueError where shapes, dtypes or devices do not agree.
     """
     if torch.is_autocast_enabled(x.device.type):
         x, w1, w2 = (t.to(_cast_to(x)) for t in (x, w1, w2))
     _check(x, w1, w2, indices, weights)
     path = backend(x, w1, w2, indices.shape[1])
+    if recompute_h and path != "triton" and torch.is_grad_enabled():
+        again = functools.partial(routed_mlp, layout=layout, bias=bias)
+        return checkpoint(again, x, w1, w2, indices, weights, use_reentrant=False)
     if path == "naive":
         route_naive.check_indices(indices, len(w1))
         return routed_mlp_naive.routed_mlp(x, w1, w2, indices, weights, layout, bias)

@@ -50,7 +50,8 @@ class Train(Section):
     resume: str = "auto"
     """auto: the newest checkpoint of `out`, if any; never; or a checkpoint folder to start from
     where `out` has none yet."""
-    activation_checkpointing: Literal["none", "full"] = "none"
+    activation_checkpointing: Literal["none", "experts", "full"] = "none"
+    """What the backward pass computes again: nothing, the experts' first layer, or every layer."""
     compile: bool = False
     """torch.compile each layer."""
     trainable: list[str] = Field(["*"], min_length=1)

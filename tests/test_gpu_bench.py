@@ -40,6 +40,29 @@ def test_every_section_runs_and_is_not_run_again(tmp_path):
 
 
 @pytest.mark.slow
+def test_a_run_that_was_cut_off_goes_on(tmp_path):
+    """What a shape gave is not measured again; a side that takes too long is given up."""
+    known = {
+        "toy: T64 H64 I32 E4 K2": [[{"shape": "toy: kept", "side": "ours", "ms": 3.0}], ["a note"]]
+    }
+    (tmp_path / "gpu_layer.partial").write_text(json.dumps(known))
+    process = bench("--toy", "--results", tmp_path, "--only", "layer")
+    assert process.returncode == 0, process.stderr
+    found = json.loads((tmp_path / "gpu_layer.json").read_text())
+    assert found["rows"] == known["toy: T64 H64 I32 E4 K2"][0] and "a note" in found["notes"]
+    assert not (tmp_path / "gpu_layer.partial").exists()
+    code = "import time, gpu_layer\nwith gpu_layer.limited(0.1):\n    time.sleep(5)"
+    late = subprocess.run(
+        [sys.executable, "-c", code],
+        cwd=ROOT / "bench",
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert "TimeoutError: took longer than 0.1 s" in late.stderr
+
+
+@pytest.mark.slow
 def test_a_peer_that_computes_something_else_is_not_timed(tmp_path):
     """Negative control: a ScatterMoE whose output is twice what it should be."""
     (tmp_path / "peers/scattermoe/scattermoe").mkdir(parents=True)

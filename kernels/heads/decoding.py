@@ -95,7 +95,6 @@ def merge_parts(
     acc = acc / tl.where(sums > 0, sums, 1)[:, None]
     if GATED:
         acc *= tl.load(gate + head, mask=there, other=0.0).to(ACC)[:, None]
-    acc = tl.where(there[:, None], acc, 0)
     written = (member < M)[:, None] & (column < D)[None, :]
     out_at = out + head.to(tl.int64)[:, None] * D + column[None, :]
     tl.store(out_at, narrow(acc, out.dtype.element_ty, UPCAST), mask=written)

@@ -15,6 +15,7 @@ from transformers import PreTrainedModel
 import moe.kernels.ops  # noqa: F401  (registers moe::select_top_k and moe::route)
 from moe.config import RunConfig
 from moe.engines.base import Entry, check_patterns
+from moe.model.experts import Experts
 from moe.parallel.norm import global_norm, scale_gradients
 from moe.parallel.world import Ranks
 
@@ -37,6 +38,9 @@ class NativeEngine:
             with warnings.catch_warnings():  # transformers 5.24 renames it, 5.17 knows no other
                 warnings.simplefilter("ignore", FutureWarning)
                 model.gradient_checkpointing_enable(kwargs)
+        for module in model.modules():
+            if isinstance(module, Experts):
+                module.recompute = config.train.activation_checkpointing == "experts"
         if config.train.compile:
             for layer in model.model.layers:
                 layer.compile()

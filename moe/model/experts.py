@@ -20,6 +20,8 @@ from moe.model.union import UnionRouter
 class Experts(nn.Module):
     """E SwiGLU experts, stacked: gate_up_proj [E, 2I, H] (gate rows first), down_proj [E, H, I]."""
 
+    recompute = False  # keep x alone for the backward pass: an engine says so
+
     def __init__(self, num_experts: int, hidden_size: int, intermediate_size: int) -> None:
         super().__init__()
         inner = intermediate_size
@@ -36,7 +38,8 @@ class Experts(nn.Module):
         plan: ops.Plan | None = None,
     ) -> Tensor:
         w1_EDH, w2_EHI = self.gate_up_proj, self.down_proj
-        return ops.routed_mlp(x_TH, w1_EDH, w2_EHI, indices_TK, weights_TK, plan)
+        given = x_TH, w1_EDH, w2_EHI, indices_TK, weights_TK, plan
+        return ops.routed_mlp(*given, recompute_h=self.recompute)
 
 
 class Dispatcher(Protocol):

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from moe.kernels import ops
-from moe.kernels.heads import attention, cpu, naive
+from moe.kernels.heads import attention, cpu, decoding, gating, listing, naive
 from moe.kernels.heads import triton as kernels
 
 NAMES = ("out", "dq", "dk", "dv", "dgate")
@@ -82,7 +82,9 @@ def test_outputs_and_gradients_are_the_specifications(shape, keep, mask):
 
 @pytest.mark.parametrize("mask", ["causal", "window", "anything"])
 @pytest.mark.parametrize("keep", [None, 1, 2])
-@pytest.mark.parametrize("shape", [(2, 1, 65, 4, 2, 16), (3, 1, 700, 9, 3, 24), (1, 1, 1, 4, 4, 8)])
+@pytest.mark.parametrize(
+    "shape", [(2, 1, 65, 4, 2, 16), (3, 1, 70, 9, 3, 24), (1, 1, 1, 4, 4, 8), (1, 1, 700, 4, 1, 16)]
+)
 def test_one_token_after_a_cache(shape, keep, mask, monkeypatch):
     """Without gradient a kernel of its own: keys in parts, KV heads that are off not read."""
     given = case(shape, mask, keep)
@@ -326,3 +328,46 @@ def test_wrong_inputs_are_refused_in_words():
         ops.attend_heads(q, k, v, first[:, :3], 1.0)
     with pytest.raises(ValueError, match=r"gate is \(2, 70, 3\), not \[B, S, N\]"):
         ops.attend_heads(q, k, v, first, 1.0, gate[..., :3])
+
+
+BROKEN = {  # file: kernels, and what is wrong with one of them
+    decoding: (("decode_parts", "merge_parts"), {
+        "the last key": ("span, L) - 1 + member", "span, L) - 2 + member"),
+        "parts not rescaled": ("acc = acc * old_share[:, None]", "acc = acc"),
+        "another head's gate": ("gate + head,", "gate + head // 2,"),
+    }),
+    gating: (("gate_rows", "ungate_rows"), {
+        "gradient without the gate": ("gradient *= tl.load(", "gradient += 0 * tl.load("),
+        "a row's gate": ("tl.load(gate + row, mask=row < R, other=0).to(ACC)\n    product",
+                         "tl.load(gate + row // 2, mask=row < R, other=0).to(ACC)\n    product"),
+    }),
+    listing: (("count_on", "place_on"), {
+        "rows in another place": ("slot = seen + tl.cumsum", "slot = seen + 1 + tl.cumsum"),
+        "what is off": ("mask=(there > 0) & (slot < most)", "mask=slot < most"),
+        "parts before its own": ("mask=at < mine, other=0)", "mask=at < mine - 1, other=0)"),
+    }),
+}  # fmt: skip
+
+
+@pytest.mark.filterwarnings("ignore::RuntimeWarning")
+@pytest.mark.parametrize(("module", "wrong"), [
+    pytest.param(module, wrong, id=name)
+    for module, (_, mutations) in BROKEN.items() for name, wrong in mutations.items()
+])  # fmt: skip
+def test_broken_kernels_around_attention_are_found(module, wrong, monkeypatch, tmp_path):
+    text = Path(module.__file__).read_text()
+    assert wrong[0] in text
+    path = tmp_path / "broken.py"
+    path.write_text(text.replace(*wrong))
+    broken: dict = {"__name__": "broken", "__file__": str(path)}
+    exec(compile(path.read_text(), path, "exec"), broken)
+    for name in BROKEN[module][0]:
+        monkeypatch.setattr(module, name, broken[name])
+    with pytest.raises(AssertionError):
+        test_one_token_after_a_cache((1, 1, 700, 4, 1, 16), None, "causal", monkeypatch)
+        monkeypatch.undo()
+        for name in BROKEN[module][0]:
+            monkeypatch.setattr(module, name, broken[name])
+        monkeypatch.setenv("MOE_KERNELS", "triton")
+        test_a_gate_apart(torch.float64)
+        test_rows_over_several_parts()

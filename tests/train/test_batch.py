@@ -72,7 +72,7 @@ def error(left: dict[str, Tensor], right: dict[str, Tensor]) -> float:
 
 
 @pytest.mark.parametrize("micro_batch_size", [1, 2, 8])
-@pytest.mark.parametrize("checkpointing", ["none", "full"])
+@pytest.mark.parametrize("checkpointing", ["none", "experts", "full"])
 def test_accumulated_gradient_is_that_of_one_big_batch(
     additive, plain, tmp_path, micro_batch_size, checkpointing
 ) -> None:
