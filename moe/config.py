@@ -88,6 +88,8 @@ class Parallel(Section):
     """Copies of the sharded model (HSDP)."""
     shard: int = Field(-1, ge=-1)
     """Ranks that share one copy; -1: all that are left."""
+    expert: int = Field(1, gt=0)
+    """Ranks among which the experts of a layer are divided; tokens travel to them."""
 
 
 class Checkpoint(Section):
@@ -163,6 +165,12 @@ class RunConfig(Section):
             problems.append(
                 f"parallel.replicate={replicate} × shard={shard} is not the {world_size} ranks "
                 "there are. Use shard -1, and a replicate that divides the ranks."
+            )
+        if world_size % self.parallel.expert:
+            legal = [n for n in range(1, world_size + 1) if world_size % n == 0]
+            problems.append(
+                f"parallel.expert={self.parallel.expert} does not divide the {world_size} ranks "
+                f"there are. Use one of {', '.join(map(str, legal))}."
             )
         if problems:
             raise UserError("\n".join(problems))

@@ -1,6 +1,6 @@
 """The native engine: plain torch in one process, FSDP2 over several (gloo or NCCL)."""
 
-import functools
+import math
 import warnings
 from collections.abc import Iterator
 from fnmatch import fnmatchcase
@@ -8,14 +8,19 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
-from torch.utils.checkpoint import CheckpointPolicy, create_selective_checkpoint_contexts
+from torch.distributed.tensor import DTensor, Shard
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_map
 from transformers import PreTrainedModel
 
 import moe.kernels.ops  # noqa: F401  (registers moe::select_top_k and moe::route)
-from moe.config import RunConfig
+from moe.config import Parallel, RunConfig
 from moe.engines.base import Entry, check_patterns
-from moe.model.experts import Experts
+from moe.errors import UserError, raise_all
+from moe.model.experts import Experts, RoutedMLP
+from moe.parallel.exchange import AllToAll
 from moe.parallel.norm import global_norm, scale_gradients
 from moe.parallel.world import Ranks
 
@@ -45,17 +50,22 @@ class NativeEngine:
             for layer in model.model.layers:
                 layer.compile()
         self.dtype = DTYPES[config.train.dtype]
+        check_experts(model, config.parallel.expert, ranks.size)
         if ranks.size > 1 or self.dtype != torch.float32:
-            self._shard(config.parallel.replicate)
+            self._shard(config.parallel)
         self.optimizer = self._adamw(config)
 
-    def _shard(self, replicate: int) -> None:
-        mesh = self.ranks.mesh(replicate)
+    def _shard(self, parallel: Parallel) -> None:
+        mesh = self.ranks.mesh(parallel.replicate)
         # inputs are left alone: loads and positions are float32 on purpose
         policy = MixedPrecisionPolicy(
-            param_dtype=self.dtype, reduce_dtype=torch.float32, cast_forward_inputs=False
+            param_dtype=self.dtype,
+            reduce_dtype=torch.promote_types(self.dtype, torch.float32),
+            cast_forward_inputs=False,
         )
         place: dict[str, Any] = {"mesh": mesh, "mp_policy": policy}
+        if parallel.expert > 1:
+            self._spread_experts(self.ranks.expert_mesh(parallel.expert), policy)
         for layer in self.model.model.layers:
             fully_shard(layer, **place)
         fully_shard(self.model, **place)
@@ -64,6 +74,28 @@ class NativeEngine:
                 # the loss is divided by global tokens already; gloo can only sum
                 module.set_gradient_divide_factor(1.0)
                 module.set_force_sum_reduction_for_comms(True)
+
+    def _spread_experts(self, mesh: DeviceMesh, policy: MixedPrecisionPolicy) -> None:
+        """Each rank of the mesh's expert axis holds some experts of every layer whole, cut along
+        their rows among the ranks that hold the same.
+        """
+        for module in self.model.modules():
+            if not isinstance(module, RoutedMLP):
+                continue
+            experts = module.experts
+            group = mesh.get_group("expert")
+            module.dispatcher = AllToAll(group, len(experts.gate_up_proj))
+            for name, parameter in list(experts.named_parameters(recurse=False)):
+                mine = parameter.detach().chunk(mesh.size(1))[mesh.get_local_rank("expert")]
+                spread = DTensor.from_local(
+                    mine.clone(), mesh["expert"], [Shard(0)], run_check=False
+                )
+                wanted = nn.Parameter(spread, requires_grad=parameter.requires_grad)
+                wanted.expert = True  # type: ignore[attr-defined]
+                setattr(experts, name, wanted)
+            fully_shard(
+                experts, mesh=mesh["shard"], mp_policy=policy, shard_placement_fn=lambda _: Shard(1)
+            )
 
     def _adamw(self, config: RunConfig) -> torch.optim.AdamW:
         trained = [(n, p) for n, p in self.model.named_parameters() if p.requires_grad]
@@ -146,6 +178,30 @@ class NativeEngine:
             state["step"].fill_(value)
 
 
+def check_experts(model: nn.Module, expert: int, size: int) -> None:
+    """Raise UserError where the experts cannot be divided among `expert` of `size` ranks."""
+    routed = [m.experts.gate_up_proj for m in model.modules() if isinstance(m, RoutedMLP)]
+    if expert == 1:
+        return
+    if not routed:
+        raise UserError(f"parallel.expert={expert}, but the model has no routed MLP. Use 1.")
+    experts, problems = math.gcd(*(len(w) for w in routed)), []
+    if experts % expert:
+        legal = [n for n in range(1, experts + 1) if experts % n == 0 and size % n == 0]
+        problems.append(
+            f"parallel.expert={expert} does not divide the experts of every layer "
+            f"({', '.join(str(n) for n in sorted({len(w) for w in routed}))}). Use one of "
+            f"{', '.join(map(str, legal))}."
+        )
+    rows = math.gcd(*(n for w in routed for n in (w.shape[1], w.shape[2])))
+    if rows % (size // expert):
+        problems.append(
+            f"{size // expert} ranks that hold the same experts cannot cut their rows evenly: "
+            f"sizes have {rows} as largest common divisor. Use a larger parallel.expert."
+        )
+    raise_all(problems)
+
+
 def freeze(model: nn.Module, patterns: list[str]) -> None:
     """Train the parameters whose name matches a pattern, freeze the others.
 
@@ -156,11 +212,41 @@ def freeze(model: nn.Module, patterns: list[str]) -> None:
         parameter.requires_grad_(any(fnmatchcase(name, pattern) for pattern in patterns))
 
 
-def _policy(context: Any, operation: Any, *args: Any, **kwargs: Any) -> CheckpointPolicy:
-    """Recompute everything but the routers' choices: a near-tie must not fall the other way."""
-    if operation in (torch.ops.moe.select_top_k.default, torch.ops.moe.route.default):
-        return CheckpointPolicy.MUST_SAVE
-    return CheckpointPolicy.PREFER_RECOMPUTE
+# What a recomputed layer must find again: a router's near-tie must not fall the other way.
+CHOICES = (torch.ops.moe.select_top_k.default, torch.ops.moe.route.default)
 
 
-_keep_choices = functools.partial(create_selective_checkpoint_contexts, _policy)
+class _Keep(TorchDispatchMode):
+    """While a layer runs: keep the routers' choices."""
+
+    def __init__(self, kept: list[Any]) -> None:
+        super().__init__()
+        self.kept = kept
+
+    def __torch_dispatch__(
+        self, operation: Any, types: Any, args: Any = (), kwargs: Any = None
+    ) -> Any:
+        found = operation(*args, **(kwargs or {}))
+        if operation in CHOICES:
+            self.kept.append(tree_map(torch.Tensor.detach, found))
+        return found
+
+
+class _Give(_Keep):
+    """While it is recomputed: give them back in the same order. All else is computed, for what an
+    FSDP does inside a layer is not the same the second time, which torch's own selective
+    checkpointing takes for a mistake.
+    """
+
+    def __torch_dispatch__(
+        self, operation: Any, types: Any, args: Any = (), kwargs: Any = None
+    ) -> Any:
+        if operation in CHOICES:
+            return self.kept.pop(0)
+        return operation(*args, **(kwargs or {}))
+
+
+def _keep_choices() -> tuple[_Keep, _Give]:
+    """The two contexts of a checkpointed layer."""
+    kept: list[Any] = []
+    return _Keep(kept), _Give(kept)

@@ -37,7 +37,11 @@ class Experts(nn.Module):
         weights_TK: Tensor,
         plan: ops.Plan | None = None,
     ) -> Tensor:
-        w1_EDH, w2_EHI = self.gate_up_proj, self.down_proj
+        # an engine may have spread experts over ranks: these are the ones that live here
+        w1_EDH, w2_EHI = (
+            p.to_local() if hasattr(p, "to_local") else p
+            for p in (self.gate_up_proj, self.down_proj)
+        )
         given = x_TH, w1_EDH, w2_EHI, indices_TK, weights_TK, plan
         return ops.routed_mlp(*given, recompute_h=self.recompute)
 

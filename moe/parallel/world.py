@@ -49,6 +49,14 @@ class Ranks:
         shape = (replicate, self.size // replicate)
         return init_device_mesh(self.device.type, shape, mesh_dim_names=("replicate", "shard"))
 
+    def expert_mesh(self, expert: int) -> DeviceMesh:
+        """Ranks as [shard, expert]: those that hold the same experts, and those that share a set.
+
+        Neighbours share a set, for they are likely to be on one node.
+        """
+        shape = (self.size // expert, expert)
+        return init_device_mesh(self.device.type, shape, mesh_dim_names=("shard", "expert"))
+
 
 @contextlib.contextmanager
 def world() -> Iterator[Ranks]:
