@@ -260,6 +260,8 @@ def main() -> None:
     parser.add_argument("--peers", type=Path, help="a folder of checkouts of peers")
     parser.add_argument("--toy", action="store_true", help="in the interpreter, at toy sizes")
     options = parser.parse_args()
+    if options.toy and options.results == Path("bench/results"):
+        raise SystemExit("--toy times nothing: name a folder of its own with --results.")
     if options.toy:
         os.environ |= {"TRITON_INTERPRET": "1", "MOE_KERNELS": "triton"}
     elif not torch.cuda.is_available():

@@ -47,6 +47,7 @@ def takes_triton(device: torch.device, dtype: torch.dtype) -> str:
     return ""
 
 
+@torch.compiler.assume_constant_result
 def triton_runs(device: torch.device, dtype: torch.dtype) -> bool:
     """Whether an operation that Triton has goes there: on a GPU by default, elsewhere if forced."""
     wanted = forced()

@@ -13,7 +13,8 @@ import torch
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
-from moe.kernels.backend import BACKENDS, forced, triton_module, triton_runs
+from moe.kernels import checks
+from moe.kernels.backend import BACKENDS, forced, triton_runs
 from moe.kernels.exchange import naive as exchange_naive
 from moe.kernels.exchange import op as exchange_op
 from moe.kernels.exchange.naive import Packed
@@ -54,10 +55,11 @@ __all__ = [
 # bench/routed_mlp.py measures both sides of it: fine_s (24 MB) and mix_s (32), fine_m (96).
 CACHE_BYTES = 48 * 2**20
 
+SCORES = (torch.float32, torch.float64)  # what is routed by
 forced_backend = forced
 # Tokens of a sequence, and the share of heads on up to which the others are better left out.
-# bench/results/gpu_heads.md (an H200; 0.5 on: 1.15 times as fast at 8k, 1.38 at 32k, a loss at 2k)
-# and bench/sparse_heads.py.
+# bench/results/h200/gpu_heads.md (0.5 on, against torch's attention and a gate after it: 1.15 times
+# as fast at 8k, 1.38 at 32k, a loss at 2k) and bench/results/sparse_heads.md.
 CUDA_SHARES: tuple[tuple[int, float], ...] = ((32768, 0.6), (8192, 0.5))
 CPU_SHARES: tuple[tuple[int, float], ...] = ((512, 0.5),)
 FORCED_SHARE = 0.6  # with MOE_KERNELS=triton, whatever the length
@@ -95,7 +97,7 @@ class Routed(NamedTuple):
 
 def routes_at_once(logits_TE: Tensor) -> bool:
     """Whether `route` runs for these logits: with Triton, which does all of it at once."""
-    return triton_runs(logits_TE.device, logits_TE.dtype)
+    return logits_TE.dtype in SCORES and triton_runs(logits_TE.device, logits_TE.dtype)
 
 
 def route(
@@ -118,6 +120,12 @@ def route(
     for name, tensor, size in (("bias", bias_E, experts), ("valid", valid_T, tokens)):
         if tensor is not None and tensor.shape != (size,):
             raise ValueError(f"route's {name} is {tuple(tensor.shape)}, expected ({size},).")
+    if score not in ("softmax", "sigmoid") or logits_TE.dtype not in SCORES:
+        raise ValueError(
+            f"route: score {score!r} of {logits_TE.dtype} logits. Use softmax or sigmoid, of "
+            "float32 or float64."
+        )
+    checks.one_device("route", logits_TE, bias_E, valid_T)
     logits_TE = logits_TE.contiguous()
     weights, indices, sums, *plan = route_op.route(
         logits_TE,
@@ -137,6 +145,7 @@ def route(
 
 def sort_pairs(indices_TK: Tensor, num_experts: int) -> Plan:
     """Pairs of indices [T, K] sorted by expert, as the Triton kernels want them."""
+    checks.whole_numbers("sort_pairs", indices_TK)
     return Plan(*route_op.plan(indices_TK.contiguous(), num_experts))
 
 
@@ -184,7 +193,7 @@ def routed_mlp(
     """
     if torch.is_autocast_enabled(x.device.type):
         x, w1, w2 = (t.to(_cast_to(x)) for t in (x, w1, w2))
-    _check(x, w1, w2, indices, weights)
+    checks.routed_mlp(x, w1, w2, indices, weights, bias)
     path = backend(x, w1, w2, indices.shape[1])
     if recompute_h and path != "triton" and torch.is_grad_enabled():
         again = functools.partial(routed_mlp, layout=layout, bias=bias)
@@ -194,31 +203,14 @@ def routed_mlp(
         return routed_mlp_naive.routed_mlp(x, w1, w2, indices, weights, layout, bias)
     if path == "triton":
         made = sort_pairs(indices, len(w1)) if plan is None else plan
+        checks.plan_fits(made, indices, len(w1))
         x, weights = x.contiguous(), weights.contiguous()
+        bias = None if bias is None else bias.contiguous()
         how = list(made), *layout, recompute_h
         return routed_mlp_op.routed_mlp_triton(x, w1, w2, weights, bias, *how)[0]
     if layout != PLAIN or bias is not None:
         raise ValueError(f"backend {path} takes no bias and no {layout}: use naive or triton.")
     return routed_mlp_op.routed_mlp(x, w1, w2, indices, weights, path)[0]
-
-
-def _check(x: Tensor, w1: Tensor, w2: Tensor, indices: Tensor, weights: Tensor) -> None:
-    experts, double_inner, hidden = w1.shape
-    if x.shape[-1] != hidden or w2.shape != (experts, hidden, double_inner // 2):
-        raise ValueError(
-            f"routed_mlp shapes disagree: x {tuple(x.shape)}, w1 {tuple(w1.shape)}, "
-            f"w2 {tuple(w2.shape)}. Expected x [T, H], w1 [E, 2I, H], w2 [E, H, I]."
-        )
-    if x.dtype != w1.dtype or w1.dtype != w2.dtype:
-        raise ValueError(f"routed_mlp dtypes differ: x {x.dtype}, w1 {w1.dtype}, w2 {w2.dtype}.")
-    if indices.shape != weights.shape or indices.shape[0] != x.shape[0]:
-        raise ValueError(
-            f"routed_mlp needs indices and weights [T, K] with T={x.shape[0]}, got "
-            f"{tuple(indices.shape)} and {tuple(weights.shape)}."
-        )
-    devices = {str(t.device) for t in (x, w1, w2, indices, weights)}
-    if len(devices) > 1:
-        raise ValueError(f"routed_mlp's tensors are on {' and '.join(sorted(devices))}.")
 
 
 def pack(x: Tensor, indices: Tensor, weights: Tensor, experts: int, ranks: int) -> Packed:
@@ -235,10 +227,12 @@ def pack(x: Tensor, indices: Tensor, weights: Tensor, experts: int, ranks: int) 
             f"pack: x {tuple(x.shape)}, indices {tuple(indices.shape)}, weights "
             f"{tuple(weights.shape)}. Expected [T, H], [T, K] and [T, K]."
         )
-    route_naive.check_indices(indices, experts)
+    checks.whole_numbers("pack", indices)
+    checks.one_device("pack", x, indices, weights)
     if triton_runs(x.device, x.dtype) and len(x):
         given = (t.contiguous() for t in (x, indices, weights))
         return Packed(*exchange_op.pack(*given, experts, ranks))
+    route_naive.check_indices(indices, experts)
     return exchange_naive.pack(x, indices, weights, experts, ranks)
 
 
@@ -274,6 +268,7 @@ def gate_heads(heads_BSNd: Tensor, gate_BSN: Tensor) -> Tensor:
             f"gate_heads: a gate {tuple(gate_BSN.shape)} for heads {tuple(heads_BSNd.shape)}. "
             "Expected [B, S, N] for [B, S, N, d]."
         )
+    checks.one_device("gate_heads", heads_BSNd, gate_BSN)
     if not triton_runs(heads_BSNd.device, heads_BSNd.dtype):
         return heads_naive.gate_heads(heads_BSNd, gate_BSN)
     return heads_op.gate_heads(heads_BSNd.contiguous(), gate_BSN.contiguous())
@@ -314,7 +309,8 @@ def attend_heads(
     dtype = _cast_to(q_BSNd)
     if torch.is_autocast_enabled(q_BSNd.device.type):
         q_BSNd, k_BLGd, v_BLGd = (t.to(dtype) for t in (q_BSNd, k_BLGd, v_BLGd))
-    _check_heads(q_BSNd, k_BLGd, v_BLGd, first_BS, gate_BSN, on_BSN)
+    checks.heads(q_BSNd, k_BLGd, v_BLGd, first_BS, gate_BSN, on_BSN)
+    first_BS = first_BS.clamp(min=0)  # what lies before the first key is seen by none
     if not attends_heads(q_BSNd):
         if on_BSN is not None and q_BSNd.device.type == "cpu" and forced() != "naive":
             some = q_BSNd, k_BLGd, v_BLGd, gate_BSN, on_BSN, first_BS, scale
@@ -332,37 +328,5 @@ def attend_heads(
         return heads_op.decode_heads(q, k, v, gate, on, first, scale)
     rows: list[Tensor] = []
     if on_BSN is not None:
-        made = triton_module("heads.triton").rows_of(on_BSN, k.shape[2], most or on_BSN.numel())
-        rows = list(made)
+        rows = list(heads_op.list_heads(on_BSN, k.shape[2], most or on_BSN.numel()))
     return heads_op.attend_heads(q, k, v, gate, first, rows, scale)[0]
-
-
-def _check_heads(
-    q_BSNd: Tensor,
-    k_BLGd: Tensor,
-    v_BLGd: Tensor,
-    first_BS: Tensor,
-    gate_BSN: Tensor | None,
-    on_BSN: Tensor | None,
-) -> None:
-    if q_BSNd.dtype != k_BLGd.dtype or k_BLGd.dtype != v_BLGd.dtype:
-        raise ValueError(
-            f"attend_heads dtypes differ: q {q_BSNd.dtype}, k {k_BLGd.dtype}, v {v_BLGd.dtype}."
-        )
-    batch, length, heads, size = q_BSNd.shape
-    keys, groups = k_BLGd.shape[1:3]
-    if first_BS.shape != (batch, length):
-        raise ValueError(f"attend_heads: first is {tuple(first_BS.shape)}, not [B, S].")
-    if k_BLGd.shape != v_BLGd.shape or k_BLGd.shape != (batch, keys, groups, size):
-        raise ValueError(
-            f"attend_heads shapes disagree: q {tuple(q_BSNd.shape)}, k {tuple(k_BLGd.shape)}, v "
-            f"{tuple(v_BLGd.shape)}. Expected q [B, S, N, d], k and v [B, L, G, d]."
-        )
-    if heads % groups or keys < length:
-        raise ValueError(
-            f"attend_heads: {heads} heads over {groups} KV heads, {length} queries and {keys} "
-            "keys. KV heads must divide heads, and every query's own key must be there."
-        )
-    for name, tensor in (("gate", gate_BSN), ("on", on_BSN)):
-        if tensor is not None and tensor.shape != (batch, length, heads):
-            raise ValueError(f"attend_heads: {name} is {tuple(tensor.shape)}, not [B, S, N].")

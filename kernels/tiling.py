@@ -34,6 +34,16 @@ class Tiling:
     parts: int = 4  # that an epilogue takes a tile's columns in
     registers: int | None = None  # per thread at most, for more resident programs
 
+    def checked(self, kernel: str) -> "Tiling":
+        """Itself. Raises ValueError where it cannot be a tiling of this kernel."""
+        sizes = {n: getattr(self, n) for n in ("block_n", "warps", "stages", "group", "resident")}
+        if wrong := [n for n, value in sizes.items() if not isinstance(value, int) or value < 1]:
+            raise ValueError(f"{', '.join(wrong)} must be at least 1")
+        own = kernel.startswith(("attend", "weight"))
+        if own != (self.block_m is not None):
+            raise ValueError("block_m is for attention and weight gradients, and these need it")
+        return self
+
     def options(self) -> dict[str, int]:
         """What the compiler is told."""
         limit = {} if self.registers is None else {"maxnreg": self.registers}
@@ -73,14 +83,13 @@ def _find(
     for path in (named, str(SHIPPED)):
         if path is None:
             continue
-        by_dtype = table(path).get(arch, {})
-        by_rows = by_dtype.get(dtype, {}).get(kernel, {})
-        by_size = by_rows.get(str(rows)) or by_rows.get("*") or {}
-        if found := by_size.get(f"{sizes[0]}x{sizes[1]}") or by_size.get("*"):
-            try:
-                return Tiling(**found)
-            except TypeError as error:
-                raise ValueError(f"{path}: {arch}, {dtype}, {kernel}: {error}") from error
+        try:
+            by_rows = table(path).get(arch, {}).get(dtype, {}).get(kernel, {})
+            by_size = by_rows.get(str(rows)) or by_rows.get("*") or {}
+            if found := by_size.get(f"{sizes[0]}x{sizes[1]}") or by_size.get("*"):
+                return Tiling(**found).checked(kernel)
+        except (AttributeError, TypeError, ValueError) as error:
+            raise ValueError(f"{path}: {arch}, {dtype}, {kernel}: {error}") from error
     raise ValueError(f"no tiling of {kernel} for {arch}, {dtype}, {rows} rows in {SHIPPED.name}.")
 
 

@@ -43,7 +43,8 @@ def pack(x_TH: Tensor, indices_TK: Tensor, weights_TK: Tensor, experts: int, ran
     plan = route.plan(destinations(indices_TK, experts, ranks), ranks)
     there = plan.pair_P[: int(plan.offset_E1[-1])].long()
     token_P, count = there // k, len(there)
-    rank_P = torch.bucketize(torch.arange(count), plan.offset_E1[1:].long(), right=True)
+    at_P = torch.arange(count, device=x_TH.device)
+    rank_P = torch.bucketize(at_P, plan.offset_E1[1:].long(), right=True)
     wanted_PK = indices_TK[token_P]
     here_PK = (wanted_PK // size == rank_P[:, None]) & (wanted_PK < experts)
     indices_NK = indices_TK.new_full((bound, k), size)

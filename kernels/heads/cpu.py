@@ -51,6 +51,8 @@ def runs(
     on_BGSM = (on_BSN & sees_BS[..., None]).view(batch, length, groups, members).transpose(1, 2)
     on_CX = on_BGSM.reshape(batch * groups, length * members)
     count_C = on_CX.sum(1)
+    if not len(count_C):
+        return
     listed_C, row = on_CX.nonzero(as_tuple=True)
     place = torch.arange(len(row)) - (count_C.cumsum(0) - count_C)[listed_C]
     row_CX = row.new_zeros(batch * groups, int(count_C.max()))
@@ -101,6 +103,7 @@ def forward(
         run.put(sums, log)
     if gate is None:
         return raw, raw.new_empty(0), sums
+    gate = torch.where(on, gate, 0)  # what is off is 0, though its gate be nan
     return raw * gate[..., None].to(raw.dtype), raw, sums
 
 

@@ -111,6 +111,8 @@ def decode(
 ) -> Tensor:
     """Gated outputs [B, 1, N, d] of queries [B, 1, N, d]; gate and `on` [B, 1, N], contiguous."""
     batch, _, heads, size = q.shape
+    if not batch:
+        return torch.empty_like(q)
     keys, groups = k.shape[1:3]
     rows = max(16, triton.next_power_of_2(heads // groups))
     wide = max(16, triton.next_power_of_2(size))

@@ -13,6 +13,22 @@ def _rows(listed: list[Tensor]) -> Any:
     return triton_module("heads.triton").Rows(*listed) if listed else None
 
 
+@torch.library.custom_op("moe::list_heads", mutates_args=())
+def list_heads(on: Tensor, groups: int, most: int) -> tuple[Tensor, Tensor, Tensor]:
+    """The tensors of heads/triton.py's Rows."""
+    return tuple(triton_module("heads.triton").rows_of(on, groups, most))  # type: ignore[return-value]
+
+
+@list_heads.register_fake
+def _(on: Tensor, groups: int, most: int) -> tuple[Tensor, Tensor, Tensor]:
+    segments = on.shape[0] * groups
+
+    def empty(*shape: int) -> Tensor:
+        return on.new_empty(shape, dtype=torch.int32)
+
+    return empty(most), empty(segments + 1), empty(segments, on.shape[1])
+
+
 @torch.library.custom_op("moe::attend_heads", mutates_args=())
 def attend_heads(
     q: Tensor,

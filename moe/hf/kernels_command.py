@@ -60,14 +60,18 @@ def tune(
 
 def read_table(path: Path) -> dict[str, Any]:
     """A table that is there already, or an empty one."""
+    if not path.parent.is_dir():
+        raise UserError(f"{path.parent} is no folder to write a table into.")
     if not path.exists():
         return {}
     try:
         table = json.loads(path.read_text())
-    except json.JSONDecodeError as error:
-        raise UserError(f"{path} is no table of tilings ({error}). Name another file.") from error
-    if not isinstance(table, dict):
-        raise UserError(f"{path} is no table of tilings: it holds no object. Name another file.")
+        for by_dtype in table.values():
+            for by_kernel in by_dtype.values():
+                for by_rows in by_kernel.values():
+                    assert all(isinstance(sizes, dict) for sizes in by_rows.values())
+    except (OSError, ValueError, AttributeError, AssertionError) as error:
+        raise UserError(f"{path} is no table of tilings ({error!r}). Name another file.") from error
     return table
 
 

@@ -63,23 +63,36 @@ def test_refusals(folder, tmp_path, monkeypatch):
     dense = tmp_path / "dense"
     dense_model().save_pretrained(dense)
     assert "no kernel to tune" in moe("kernels", "tune", dense, "-o", table).err
-    table.write_text("not JSON")
-    assert "is no table of tilings" in moe(*run).err
+    for text in (b"not JSON", b"[1]", b'{"sm_90": 3}', b"\xff\xfe"):
+        table.write_bytes(text)
+        assert "is no table of tilings" in moe(*run).err
+    table.unlink()
+    missing = moe("kernels", "tune", folder, "--output", tmp_path / "no" / "table.json")
+    assert missing.code == 2 and "is no folder" in missing.err
     monkeypatch.delenv("TRITON_INTERPRET", raising=False)
     result = moe(*run)
     assert result.code == 2 and "times kernels on a GPU" in result.err
+
+
+def one(kernel: str, cut: str) -> str:
+    return f'{{"interpreter": {{"float32": {{"{kernel}": {{"*": {{"*": {cut}}}}}}}}}}}'
 
 
 def test_a_table_that_is_none_is_refused(tmp_path, monkeypatch):
     monkeypatch.setenv("MOE_KERNELS", "triton")
     x, w1, w2 = torch.ones(4, 16), torch.ones(2, 32, 16), torch.ones(2, 16, 16)
     given = x, w1, w2, torch.zeros(4, 1, dtype=torch.long), torch.ones(4, 1)
-    for text, message in (
+    for place, (text, message) in enumerate((
         (None, "No such file"),
         ("[", "is no table"),
-        ('{"interpreter": {"float32": {"up_swiglu": {"*": {"*": {"speed": 9}}}}}}', "speed"),
-    ):
-        path = tmp_path / f"{len(text or '')}.json"
+        (one("up_swiglu", '{"speed": 9}'), "speed"),
+        (one("up_swiglu", '{"block_n": 0, "block_k": 64, "warps": 4, "stages": 1}'), "block_n"),
+        (one("down", '{"block_n": 64, "block_k": 64, "warps": 4, "stages": 1, "block_m": 32}'),
+         "block_m is for attention"),
+        ('{"interpreter": {"float32": {"up_swiglu": {"*": 7}}}}', "has no attribute"),
+        ("[]", "has no attribute"),
+    )):  # fmt: skip
+        path = tmp_path / f"{place}.json"
         if text:
             path.write_text(text)
         monkeypatch.setenv("MOE_KERNELS_TABLE", str(path))

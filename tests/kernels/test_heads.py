@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from moe.kernels import ops
-from moe.kernels.heads import attention, cpu, decoding, gating, listing, naive
+from moe.kernels.heads import attention, decoding, gating, listing, naive
 from moe.kernels.heads import triton as kernels
 
 NAMES = ("out", "dq", "dk", "dv", "dgate")
@@ -192,54 +192,6 @@ def test_bits_repeat():
         assert all(torch.equal(first[name], again[name]) for name in first)
 
 
-@pytest.fixture
-def on_cpu(monkeypatch):
-    """torch's own attention, small runs of rows, three KV heads at a time."""
-    monkeypatch.setenv("MOE_KERNELS", "cpu")
-    monkeypatch.setattr(cpu, "ROWS", 16)
-    monkeypatch.setattr(torch, "get_num_threads", lambda: 3)
-
-
-@pytest.mark.parametrize("mask", ["causal", "window", *SLOW])
-@pytest.mark.parametrize("keep", [1, 2])
-@pytest.mark.parametrize("shape", SHAPES.values(), ids=SHAPES)
-def test_a_cpu_leaves_heads_out_too(shape, keep, mask, on_cpu):
-    assert_close(case(shape, mask, keep), 1e-12)
-    assert_close(case(shape, mask, keep, torch.float32), 1e-6, gated=False)
-
-
-def test_a_cpu_with_uneven_heads(on_cpu):
-    given = case(SHAPES["grouped"])
-    given["on"] = torch.rand(2, 70, 4) < torch.tensor([1.0, 0.9, 0.1, 0.0])
-    given["on"][1, :, 2:] = False
-    assert_close(given, 1e-12)
-    found = results(ops.attend_heads, given)
-    for name in ("out", "dq", "dgate"):
-        assert found[name][~given["on"]].abs().sum() == 0, name
-
-
-def test_a_broken_run_on_a_cpu_is_found(on_cpu, monkeypatch):
-    runs = cpu.runs
-
-    def one_less(*given):
-        return list(runs(*given))[1:]
-
-    def a_key_more(*given):
-        return [r._replace(mask=r.mask.roll(1, -1)) for r in runs(*given)]
-
-    for broken in (one_less, a_key_more):
-        monkeypatch.setattr(cpu, "runs", broken)
-        with pytest.raises(AssertionError):
-            assert_close(case(SHAPES["grouped"], keep=2), 1e-12)
-
-
-def test_opcheck_on_a_cpu(on_cpu):
-    given = case(SHAPES["grouped"], keep=2, dtype=torch.float32)
-    leaves = [given[n].requires_grad_() for n in ("q", "k", "v", "gate")]
-    arguments = *leaves, given["on"], given["first"], 0.25
-    torch.library.opcheck(torch.ops.moe.attend_some_heads.default, arguments)
-
-
 def test_opcheck_of_a_gate_apart():
     heads, gate = torch.randn(2, 9, 3, 8), torch.randn(2, 9, 3)
     arguments = heads.requires_grad_(), gate.requires_grad_()
@@ -371,3 +323,28 @@ def test_broken_kernels_around_attention_are_found(module, wrong, monkeypatch, t
         monkeypatch.setenv("MOE_KERNELS", "triton")
         test_a_gate_apart(torch.float64)
         test_rows_over_several_parts()
+
+
+@pytest.mark.parametrize("backend", ["triton", "cpu", "naive"])
+def test_bad_and_empty_input(backend, monkeypatch):
+    monkeypatch.setenv("MOE_KERNELS", backend)
+    given = case(SHAPES["grouped"], keep=2)
+    q, k, v, first, gate, on = (given[n] for n in ("q", "k", "v", "first", "gate", "on"))
+    out = ops.attend_heads(q, k, v, first - 9, 0.25, gate, on)  # before the first key is nothing
+    assert (out - ops.attend_heads(q, k, v, first, 0.25, gate, on)).abs().max() < 1e-12
+    nan = gate.masked_fill(~on, torch.nan)  # the gate of a head that is off does not matter
+    assert torch.equal(
+        ops.attend_heads(q, k, v, first, 0.25, nan, on)[~on].unique(), out.new_zeros(1)
+    )
+    none = [t[:0] for t in (q, k, v, first)]
+    assert ops.attend_heads(*none, 0.25, gate[:0], on[:0]).shape == (0, 70, 4, 16)
+    with torch.no_grad():
+        one = [none[0][:, :1], *none[1:3], none[3][:, :1]]
+        assert ops.attend_heads(*one, 0.25, gate[:0, :1]).shape == (0, 1, 4, 16)
+    for message, wrong in {
+        "on is torch.int64": (first, gate, on.long()),
+        "not whole numbers": (first.float(), gate, on),
+        "cpu and meta": (first, gate.to("meta"), on),
+    }.items():
+        with pytest.raises(ValueError, match=message):
+            ops.attend_heads(q, k, v, wrong[0], 0.25, *wrong[1:])

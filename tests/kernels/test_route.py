@@ -138,6 +138,10 @@ def test_ties_and_what_is_no_number(score):
     logits[2, 5] = 1.0
     chosen = ops.route(logits, 3, score, True).indices_TK.tolist()
     assert chosen == [[0, 1, 2], [2, 3, 0], [5, 0, 1]]
+    logits = torch.tensor([[-0.0, 0.0, -0.0, 0.0], [0.0, torch.inf, -torch.nan, torch.nan]])
+    if score == "softmax":  # a score beside an infinite one is none
+        chosen = ops.route(logits, 2, score, True).indices_TK.tolist()
+        assert chosen == [[0, 1], [1, 2]]
 
 
 def test_one_run_and_many_agree(monkeypatch):

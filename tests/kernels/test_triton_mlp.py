@@ -217,3 +217,52 @@ def test_clamped_activations_and_biases_as_gpt_oss_has_them(dtype):
     gate = naive.routed_mlp  # negative control: without the clamp it is another function
     other = gate(x, w1, w2, inputs["indices"], weights, ops.Layout(True, 0.0, 1.702), b)
     assert ((other - found[1][0]).norm() / found[1][0].norm()) > 0.1
+
+
+def test_bad_input_is_refused_before_a_launch():
+    inputs = case(SHAPES["even"])
+    x, w1, w2, indices, weights = (inputs[n] for n in ("x", "w1", "w2", "indices", "weights"))
+    good = x, w1, w2, indices, weights
+    wrong = torch.zeros(len(w1), w1.shape[1] + 2, dtype=x.dtype)
+    plan = ops.sort_pairs(indices[:-1], len(w1))
+    for message, call in {
+        r"expected \[E, 2I\]": lambda: ops.routed_mlp(*good, bias=wrong),
+        "a plan of": lambda: ops.routed_mlp(*good, plan),
+        "not int64": lambda: ops.routed_mlp(*good[:3], indices.float(), weights),
+        "shapes disagree": lambda: ops.routed_mlp(x, w1[:, 1:], w2, indices, weights),
+        "tensors are on cpu and meta": lambda: ops.routed_mlp(*good[:4], weights.to("meta")),
+        "score 'tanh'": lambda: ops.route(torch.zeros(3, 4), 1, "tanh", True),
+        "float32 or float64": lambda: ops.route(torch.zeros(3, 4).half(), 1, "softmax", True),
+        "indices are torch.float32": lambda: ops.sort_pairs(torch.zeros(3, 1), 4),
+    }.items():
+        with pytest.raises(ValueError, match=message):
+            call()
+
+
+def test_a_bias_may_lie_anyhow():
+    inputs = case(SHAPES["even"])
+    good = [inputs[n] for n in ("x", "w1", "w2", "indices", "weights")]
+    bias = torch.randn(good[1].shape[1], len(good[1]), dtype=good[0].dtype).t()
+    expected = naive.routed_mlp(*good, ops.Layout(), bias)
+    assert (ops.routed_mlp(*good, bias=bias) - expected).norm() < 1e-6 * expected.norm()
+
+
+@pytest.mark.parametrize("name", ["routed_mlp", "attend_heads", "gate_heads", "pack"])
+def test_one_graph_under_compile(name):
+    """No break where Triton is looked for, and every launch within an operator."""
+    x, w1, w2 = torch.randn(9, 16), torch.randn(4, 16, 16), torch.randn(4, 16, 8)
+    q, k, first = torch.randn(2, 12, 4, 16), torch.randn(2, 12, 2, 16), torch.zeros(2, 12).int()
+    gate, indices, weights = torch.rand(2, 12, 4), torch.randint(0, 4, (9, 2)), torch.rand(9, 2)
+    calls = {
+        "routed_mlp": lambda x: ops.routed_mlp(x, w1, w2, indices, weights),
+        "attend_heads": lambda x: ops.attend_heads(x, k, k, first, 0.25, gate, gate > 0.5, 96),
+        "gate_heads": lambda x: ops.gate_heads(x, gate),
+        "pack": lambda x: ops.pack(x, indices, weights, 4, 2).rows_NH,
+    }
+    given = q if name in ("attend_heads", "gate_heads") else x
+    found = []
+    for run in (calls[name], torch.compile(calls[name], fullgraph=True, backend="aot_eager")):
+        leaf = given.clone().requires_grad_()
+        y = run(leaf)
+        found.append((y, *torch.autograd.grad(y.square().sum(), leaf)))
+    assert all(torch.equal(a, b) for a, b in zip(*found, strict=True))
