@@ -92,7 +92,7 @@ def test_later_override_wins_and_a_source_can_be_given_whole(file) -> None:
         ("trian.steps=3", "trian", "train"),
         ("data.train=[{path: a, wieght: 2}]", "data.train.0.wieght", "weight"),
         ("data.sequence_lenght=3", "data.sequence_lenght", "sequence_length"),
-        ("parallel.expert=2", "parallel.expert", None),
+        ("parallel.pipeline=2", "parallel.pipeline", None),
     ],
 )
 def test_misspelt_key_names_the_closest_or_all_it_could_be(file, override, place, close) -> None:
