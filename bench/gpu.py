@@ -9,6 +9,7 @@ T tokens, H hidden, I inner, E experts, K chosen, P = T·K.
 
 import argparse
 import functools
+import hashlib
 import multiprocessing
 import os
 import statistics
@@ -72,6 +73,8 @@ class Bench:
     device: torch.device
     toy: bool
     partial: Path = Path("gpu.partial")  # what a section knows before it is through
+    identity: str = ""  # of the code and the peers that it was found with
+    roof: float = FLOPS
 
     @property
     def shapes(self) -> list[Shape]:
@@ -266,9 +269,15 @@ def main() -> None:
         os.environ |= {"TRITON_INTERPRET": "1", "MOE_KERNELS": "triton"}
     elif not torch.cuda.is_available():
         raise SystemExit("make gpu needs a CUDA device; bench/gpu.py --toy runs without one.")
+    if options.peers and not options.peers.is_dir():
+        raise SystemExit(f"--peers {options.peers} is no folder.")
+    if options.results.exists() and not options.results.is_dir():
+        raise SystemExit(f"--results {options.results} is no folder.")
     commits = add_to_path(options.peers)
     device = torch.device("cpu" if options.toy else "cuda")
-    bench = Bench(device, options.toy)
+    sources = sorted((Path(__file__).parents[1] / "kernels").rglob("*.py"))
+    code = hashlib.sha256(b"".join(path.read_bytes() for path in sources)).hexdigest()
+    bench = Bench(device, options.toy, identity=f"{code} {sorted(commits.items())}")
     for name, section in SECTIONS.items():
         there = options.results / f"gpu_{name}.json"
         if (options.only and name not in options.only) or (not options.only and there.exists()):

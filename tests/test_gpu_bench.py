@@ -41,25 +41,43 @@ def test_every_section_runs_and_is_not_run_again(tmp_path):
 
 @pytest.mark.slow
 def test_a_run_that_was_cut_off_goes_on(tmp_path):
-    """What a shape gave is not measured again; a side that takes too long is given up."""
-    known = {
-        "toy: T64 H64 I32 E4 K2": [[{"shape": "toy: kept", "side": "ours", "ms": 3.0}], ["a note"]]
-    }
-    (tmp_path / "gpu_layer.partial").write_text(json.dumps(known))
-    process = bench("--toy", "--results", tmp_path, "--only", "layer")
-    assert process.returncode == 0, process.stderr
-    found = json.loads((tmp_path / "gpu_layer.json").read_text())
-    assert found["rows"] == known["toy: T64 H64 I32 E4 K2"][0] and "a note" in found["notes"]
-    assert not (tmp_path / "gpu_layer.partial").exists()
-    code = "import time, gpu_layer\nwith gpu_layer.limited(0.1):\n    time.sleep(5)"
-    late = subprocess.run(
+    """What the same code found of a shape is not measured again; a late side is given up."""
+    code = (
+        "import gpu, gpu_layer, torch, pathlib\n"
+        f"place = pathlib.Path({str(tmp_path / 'p')!r})\n"
+        "bench = gpu.Bench(torch.device('cpu'), True, place, 'now')\n"
+        "import json\n"
+        "rows = [{'shape': 'toy: kept', 'side': 'ours', 'ms': 3.0}]\n"
+        "known = {str(bench.shapes[0]): [rows, ['a note']]}\n"
+        "for text in (json.dumps(['now', known]), json.dumps(['then', known]), '['):\n"
+        "    bench.partial.write_text(text)\n"
+        "    print(gpu_layer.taken_up(bench) == known)\n"
+        "bench.partial.write_text(json.dumps(['now', known]))\n"
+        "_, found, _, notes = gpu_layer.layer(bench)\n"
+        "print(found == rows, notes, bench.partial.exists())\n"
+        "import time\n"
+        "with gpu_layer.limited(0.1):\n    time.sleep(5)\n"
+    )
+    process = subprocess.run(
         [sys.executable, "-c", code],
         cwd=ROOT / "bench",
         capture_output=True,
         text=True,
         check=False,
     )
-    assert "TimeoutError: took longer than 0.1 s" in late.stderr
+    assert process.stdout.split("\n")[:4] == ["True", "False", "False", "True ['a note'] False"]
+    assert "TimeoutError: took longer than 0.1 s" in process.stderr
+
+
+def test_what_makes_no_sense_is_refused(tmp_path):
+    (tmp_path / "file").touch()
+    for options, message in (
+        (("--toy",), "name a folder of its own"),
+        (("--toy", "--results", tmp_path, "--peers", tmp_path / "no"), "is no folder"),
+        (("--toy", "--results", tmp_path / "file"), "is no folder"),
+    ):
+        process = bench(*options)
+        assert process.returncode == 1 and message in process.stderr
 
 
 @pytest.mark.slow

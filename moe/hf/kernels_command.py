@@ -89,7 +89,7 @@ def sizes_of(folder: Path, tokens: int, dtype: str) -> "list[Sizes]":
     from moe.hf.native import HOMES, from_native
     from moe.kernels.tune import Sizes
     from moe.model.attention import heads_on, widened
-    from moe.model.spec import BAMAttention, DenseMLP, MoHAttention
+    from moe.model.spec import BAMAttention, DenseMLP, MoHAttention, UoEAttention
     from moe.upcycle.source import read_config
 
     source = read_config(folder)
@@ -101,6 +101,11 @@ def sizes_of(folder: Path, tokens: int, dtype: str) -> "list[Sizes]":
             assert mlp.intermediate_size is not None
             sizes = config.hidden_size, mlp.intermediate_size, mlp.num_experts, mlp.top_k
             found.append(Sizes(tokens, *sizes, dtype=dtype))
+        if isinstance(attention, UoEAttention) and dtype != "float32":
+            parts = attention.num_experts
+            assert config.num_key_value_heads is not None and config.head_dim is not None
+            own = config.num_attention_heads // parts, config.num_key_value_heads // parts
+            found.append(Sizes(tokens, 0, 0, 0, 0, *own, config.head_dim, dtype=dtype))
         if isinstance(attention, MoHAttention | BAMAttention) and dtype != "float32":
             wide = widened(config, attention)
             assert wide.num_key_value_heads is not None
@@ -114,7 +119,7 @@ def sizes_of(folder: Path, tokens: int, dtype: str) -> "list[Sizes]":
             found.append(Sizes(tokens, 0, 0, 0, 0, **heads, heads_on=some, dtype=dtype))
     if not found:
         raise UserError(
-            f"{folder} has no kernel to tune: neither a routed MLP nor MoH or BAM attention"
+            f"{folder} has no kernel to tune: neither a routed MLP nor MoH, BAM or UoE attention"
             + (" (which has none in float32)." if dtype == "float32" else ".")
         )
     return list(dict.fromkeys(found))

@@ -116,6 +116,11 @@ class UnionAttention(RoutedAttention):
         reach_BS: Tensor | None,
     ) -> Tensor:
         """Only selected tokens are projected, stored and attended to, expert by expert."""
+        if getattr(cache, "is_compileable", False):
+            raise ValueError(
+                "a static cache keeps a place for every token, and a union of attention experts "
+                "keeps those that were selected: use a dynamic cache, transformers' default."
+            )
         batch, length, hidden = x_BSH.shape
         layer = RaggedLayer() if cache is None else ragged(cache, self.layer_idx)
         cos_BSd, sin_BSd = (t.expand(batch, length, -1) for t in position_embeddings)

@@ -7,6 +7,7 @@ import torch
 from invoke import moe
 from tiny import MOE, MOH, dense_model, routed_model
 
+from moe.hf import kernels_command
 from moe.kernels import ops, tiling, tune
 
 FEW = {"block_n": 64, "block_k": 64, "warps": 4, "stages": 1}
@@ -44,6 +45,19 @@ def test_a_table_is_written_and_used(folder, tmp_path, monkeypatch):
     shipped = tiling.tiling("down", cpu, torch.bfloat16, 32, (72, 128))  # another size
     monkeypatch.delenv("MOE_KERNELS_TABLE")
     assert shipped == tiling.tiling("down", cpu, torch.bfloat16, 32, (72, 128))
+
+
+def test_sizes_of_a_union_and_tables_that_grow(tmp_path):
+    union = {"kind": "uoe", "num_experts": 3, "top_k": 2}
+    routed_model(dense_model(), union).save_pretrained(tmp_path / "m")
+    (sizes,) = kernels_command.sizes_of(tmp_path / "m", 64, "bfloat16")
+    assert (sizes.heads, sizes.kv_heads, sizes.head_size) == (3, 1, 8)
+    table: dict = {}
+    for inner in (64, 96):  # of other experts under the same rows
+        cut = FEW | {"group": inner}
+        mlp = tune.Sizes(8, 72, inner, 4, 2)
+        tune.add(table, mlp, [tune.Timing("down", 16, cut, 1.0)])
+    assert set(table["interpreter"]["bfloat16"]["down"]["16"]) == {"72x64", "72x96"}
 
 
 def test_best_is_the_fastest_that_ran():

@@ -128,6 +128,16 @@ def test_rows_are_copies_in_short_dtypes(dtype, backend):
     assert (summed - expected).norm() < 4e-3 * expected.norm()
 
 
+def test_rows_alone_have_a_gradient(backend):
+    given = case(SHAPES["even"], none=0.3)
+    x, weights = given["x"].requires_grad_(), given["weights"].requires_grad_()
+    packed = ops.pack(x, given["indices"], weights, 8, 4)
+    found = torch.autograd.grad(packed.rows_NH.sum(), [x, weights], allow_unused=True)
+    ranks = [len({i // 2 for i in row.tolist() if i < 8}) for row in given["indices"]]
+    assert torch.equal(found[0], torch.tensor(ranks, dtype=x.dtype)[:, None].expand_as(x))
+    assert found[1] is None or not found[1].any()
+
+
 def test_opcheck(monkeypatch):
     monkeypatch.setenv("MOE_KERNELS", "triton")
     given = case(SHAPES["even"], dtype=torch.float32)

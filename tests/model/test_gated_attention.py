@@ -122,6 +122,15 @@ def test_generation_with_windows_and_padding(family, monkeypatch, seen):
     assert torch.equal(*made) and all(seen) and len(seen) == 3 * 6
 
 
+@torch.no_grad()
+def test_decoding_leaves_out_any_head_that_is_off(monkeypatch, seen):
+    """6 of 9 heads on: too many for a list of rows, but one token alone reads fewer keys."""
+    monkeypatch.setenv("MOE_KERNELS", "triton")
+    model = routed_model(dense_model(), MOH)
+    model.generate(tokens(1, 20), max_new_tokens=4, do_sample=False, pad_token_id=0)
+    assert seen == [True] * 3 * 3
+
+
 def test_reach_by_hand():
     places = torch.arange(6)[None]
     assert reach(places, None, 0).tolist() == [[0, 1, 2, 3, 4, 5]]
