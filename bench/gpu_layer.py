@@ -27,6 +27,7 @@ def layer(bench: Any) -> tuple[str, list[dict[str, Any]], list[Goal], list[str]]
     What is known is kept after every shape, and taken up again where a run was cut off.
     """
     known = taken_up(bench)
+    late = set()  # sides that took too long once are not asked again
     for shape in bench.shapes:
         if str(shape) in known:
             continue
@@ -37,6 +38,8 @@ def layer(bench: Any) -> tuple[str, list[dict[str, Any]], list[Goal], list[str]]
             row: dict[str, Any] = {"shape": str(shape), "side": name}
             row |= {"peak MB": 0.0, "kept B/token": 0.0, "state": "ran", "ms": 0.0}
             try:
+                if name in late:
+                    raise TimeoutError("was late at a shape before")
                 with limited(LIMIT_S):
                     row["peak MB"], row["kept B/token"], seconds, y = side(bench, make, given)
                 expected = y if expected is None else expected
@@ -48,6 +51,7 @@ def layer(bench: Any) -> tuple[str, list[dict[str, Any]], list[Goal], list[str]]
                 if name == "ours":
                     raise
                 row["state"] = type(error).__name__
+                late |= {name} if isinstance(error, TimeoutError) else set()
                 notes.append(f"{shape.name}, {name}: {type(error).__name__}: {str(error)[:160]}")
             ms = row["ms"]
             row["TFLOP/s"] = ms and 3 * shape.flops / ms / 1e9

@@ -8,6 +8,7 @@ import triton
 import triton.language as tl
 
 from moe.kernels import tiling
+from moe.kernels.exchange import triton as exchange
 from moe.kernels.heads import attention, decoding, gating, listing
 from moe.kernels.route import triton as route
 from moe.kernels.routed_mlp import gemm, gradients
@@ -25,7 +26,8 @@ def configurations(arch: str, dtype: str) -> Iterator[Configuration]:
     if dtype == "float32":
         for experts, k in itertools.product((8, 128, 512), (2, 8)):
             yield from routing(experts, k)
-    for kernel, arguments in itertools.chain(small(POINTERS[dtype]), around(POINTERS[dtype])):
+    values = POINTERS[dtype]
+    for kernel, arguments in itertools.chain(small(values), around(values), exchanged(values)):
         size = f" {arguments['D']}" if "D" in arguments else ""
         options = {"num_warps": 4, "num_stages": 3}
         yield f"{kernel.fn.__name__} {dtype}{size}", kernel, arguments, options
@@ -143,6 +145,22 @@ def around(values: str) -> Iterator[tuple[Any, dict[str, Any]]]:
         yield decoding.merge_parts, given
         yield gating.gate_rows, given
         yield gating.ungate_rows, given
+
+
+def exchanged(values: str) -> Iterator[tuple[Any, dict[str, Any]]]:
+    """The kernels of expert parallelism: 128 experts on 8 ranks."""
+    ints = ("pairs", "offsets", "row_of")
+    given = dict.fromkeys(ints, INTS) | {
+        "x": values, "rows": values, "drows": values, "dy": values, "weights": FLOATS,
+        "row_weights": FLOATS, "values": FLOATS, "out": FLOATS, "indices": "*i64",
+        "ranks_of": "*i64", "row_indices": "*i64", "x_step": STEP, "dy_step": STEP, "T": "i32",
+        "P": "i32", "E": 128, "W": 8, "K": K, "KP": 8, "H": HIDDEN, "BH": 1024, "BT": 128, "B": 256,
+    }  # fmt: skip
+    yield exchange.pack_rows, given
+    yield exchange.spread_rows, given
+    if values == "*fp32":  # they do not depend on it
+        yield exchange.destine, given
+        yield exchange.pull, given
 
 
 def routing(experts: int, k: int) -> Iterator[Configuration]:
