@@ -27,40 +27,11 @@ def layer(bench: Any) -> tuple[str, list[dict[str, Any]], list[Goal], list[str]]
     What is known is kept after every shape, and taken up again where a run was cut off.
     """
     known = taken_up(bench)
-    late = set()  # sides that took too long once are not asked again
+    late: set[str] = set()  # sides that took too long once are not asked again
     for shape in bench.shapes:
         if str(shape) in known:
             continue
-        rows, notes = [], []
-        given = bench.inputs(shape, bench.dtype)
-        expected = None
-        for name, make in PEERS.items():
-            row: dict[str, Any] = {"shape": str(shape), "side": name}
-            row |= {"peak MB": 0.0, "kept B/token": 0.0, "state": "ran", "ms": 0.0}
-            try:
-                if name in late:
-                    raise TimeoutError("was late at a shape before")
-                with limited(LIMIT_S):
-                    row["peak MB"], row["kept B/token"], seconds, y = side(bench, make, given)
-                expected = y if expected is None else expected
-                difference = ((y - expected).float().norm() / expected.float().norm()).item()
-                if not difference < 0.03:
-                    raise ValueError(f"computes something else: {difference:.2g} away from ours")
-                row["ms"] = 1e3 * seconds
-            except (Exception, SystemExit) as error:  # a peer's failure is a result, not ours
-                if name == "ours":
-                    raise
-                row["state"] = type(error).__name__
-                late |= {name} if isinstance(error, TimeoutError) else set()
-                notes.append(f"{shape.name}, {name}: {type(error).__name__}: {str(error)[:160]}")
-            ms = row["ms"]
-            row["TFLOP/s"] = ms and 3 * shape.flops / ms / 1e9
-            row["of roof"] = row["TFLOP/s"] * 1e12 / bench.roof
-            rows.append(row)
-            print(", ".join(f"{key} {_short(value)}" for key, value in row.items()), flush=True)
-        for row in rows:
-            row["ours faster by"] = row["ms"] and row["ms"] / (rows[0]["ms"] or 1)
-        known[str(shape)] = [rows, notes]
+        known[str(shape)] = of_shape(bench, shape, late)
         beside = bench.partial.with_suffix(".new")
         beside.write_text(json.dumps([bench.identity, known]))
         beside.rename(bench.partial)
@@ -88,6 +59,41 @@ def layer(bench: Any) -> tuple[str, list[dict[str, Any]], list[Goal], list[str]]
         if shape.name in "ABC":
             goals.append(Goal(f"{shape.name}: of the roof", ours["of roof"], "≥", 0.6))
     return "Routed MLP, forward and backward, bf16", rows, goals, list(dict.fromkeys(notes))
+
+
+def of_shape(bench: Any, shape: Any, late: set[str]) -> list[Any]:
+    """Every side's row at a shape, and what there is to note; `late` grows by sides that were."""
+    rows, notes = [], []
+    given = bench.inputs(shape, bench.dtype)
+    expected = None
+    for name, make in PEERS.items():
+        row: dict[str, Any] = {"shape": str(shape), "side": name}
+        row |= {"peak MB": 0.0, "kept B/token": 0.0, "state": "ran", "ms": 0.0}
+        try:
+            if name in late:
+                raise TimeoutError("was late at a shape before")
+            with limited(LIMIT_S):
+                row["peak MB"], row["kept B/token"], seconds, y = side(bench, make, given)
+            expected = y if expected is None else expected
+            difference = ((y - expected).float().norm() / expected.float().norm()).item()
+            if not difference < 0.03:
+                raise ValueError(f"computes something else: {difference:.2g} away from ours")
+            row["ms"] = 1e3 * seconds
+        except (Exception, SystemExit) as error:  # a peer's failure is a result, not ours
+            if name == "ours":
+                raise
+            row["state"] = type(error).__name__
+            if isinstance(error, TimeoutError):
+                late.add(name)
+            notes.append(f"{shape.name}, {name}: {type(error).__name__}: {str(error)[:160]}")
+        ms = row["ms"]
+        row["TFLOP/s"] = ms and 3 * shape.flops / ms / 1e9
+        row["of roof"] = row["TFLOP/s"] * 1e12 / bench.roof
+        rows.append(row)
+        print(", ".join(f"{key} {_short(value)}" for key, value in row.items()), flush=True)
+    for row in rows:
+        row["ours faster by"] = row["ms"] and row["ms"] / (rows[0]["ms"] or 1)
+    return [rows, notes]
 
 
 def taken_up(bench: Any) -> dict[str, Any]:
