@@ -223,6 +223,11 @@ class _Keep(TorchDispatchMode):
         super().__init__()
         self.kept = kept
 
+    @classmethod
+    def ignore_compile_internals(cls) -> bool:
+        """Compile what runs under it all the same: torch would fall back to eager in silence."""
+        return True
+
     def __torch_dispatch__(
         self, operation: Any, types: Any, args: Any = (), kwargs: Any = None
     ) -> Any:
