@@ -1,9 +1,6 @@
 """The native engine: plain torch in one process, FSDP2 over several (gloo or NCCL)."""
 
-import math
-import warnings
 from collections.abc import Iterator
-from fnmatch import fnmatchcase
 from typing import Any
 
 import torch
@@ -11,15 +8,13 @@ from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
 from torch.distributed.tensor import DTensor, Shard
-from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_map
 from transformers import PreTrainedModel
 
-import moe.kernels.ops  # noqa: F401  (registers moe::select_top_k and moe::route)
 from moe.config import Parallel, RunConfig
-from moe.engines.base import Entry, check_patterns
-from moe.errors import UserError, raise_all
-from moe.model.experts import Experts, RoutedMLP
+from moe.engines.base import Entry
+from moe.engines.parameters import adamw, check_experts, freeze
+from moe.engines.recompute import recompute
+from moe.model.experts import RoutedMLP
 from moe.parallel.exchange import AllToAll
 from moe.parallel.norm import global_norm, scale_gradients
 from moe.parallel.world import Ranks
@@ -38,14 +33,7 @@ class NativeEngine:
         self.ranks = ranks
         self.model = model.to(ranks.device)  # type: ignore[arg-type]
         freeze(model, config.train.trainable)
-        if config.train.activation_checkpointing == "full":
-            kwargs = {"use_reentrant": False, "context_fn": _keep_choices}
-            with warnings.catch_warnings():  # transformers 5.24 renames it, 5.17 knows no other
-                warnings.simplefilter("ignore", FutureWarning)
-                model.gradient_checkpointing_enable(kwargs)
-        for module in model.modules():
-            if isinstance(module, Experts):
-                module.recompute = config.train.activation_checkpointing == "experts"
+        recompute(model, config.train.activation_checkpointing)
         if config.train.compile:
             for layer in model.model.layers:
                 layer.compile()
@@ -53,7 +41,8 @@ class NativeEngine:
         check_experts(model, config.parallel.expert, ranks.size)
         if ranks.size > 1 or self.dtype != torch.float32:
             self._shard(config.parallel)
-        self.optimizer = self._adamw(config)
+        trained = [(n, p) for n, p in self.model.named_parameters() if p.requires_grad]
+        self.optimizer = adamw(trained, config.optimizer)
 
     def _shard(self, parallel: Parallel) -> None:
         mesh = self.ranks.mesh(parallel.replicate)
@@ -96,24 +85,6 @@ class NativeEngine:
             fully_shard(
                 experts, mesh=mesh["shard"], mp_policy=policy, shard_placement_fn=lambda _: Shard(1)
             )
-
-    def _adamw(self, config: RunConfig) -> torch.optim.AdamW:
-        trained = [(n, p) for n, p in self.model.named_parameters() if p.requires_grad]
-        # norms are not decayed, attention experts' norms (a row per head) among them
-        decayed = {n for n, p in trained if p.ndim >= 2 and "norm" not in n}
-        groups: list[dict[str, Any]] = [
-            {"params": [p for n, p in trained if n in decayed]},
-            {"params": [p for n, p in trained if n not in decayed], "weight_decay": 0.0},
-        ]
-        options = config.optimizer
-        return torch.optim.AdamW(
-            [g for g in groups if g["params"]],
-            lr=options.lr,
-            betas=options.betas,
-            eps=options.eps,
-            weight_decay=options.weight_decay,
-            fused=True,
-        )
 
     def forward(self, **inputs: Any) -> Any:
         return self.model(use_cache=False, **inputs)
@@ -176,82 +147,3 @@ class NativeEngine:
     def updates(self, value: int) -> None:
         for state in self.optimizer.state.values():
             state["step"].fill_(value)
-
-
-def check_experts(model: nn.Module, expert: int, size: int) -> None:
-    """Raise UserError where the experts cannot be divided among `expert` of `size` ranks."""
-    routed = [m.experts.gate_up_proj for m in model.modules() if isinstance(m, RoutedMLP)]
-    if expert == 1:
-        return
-    if not routed:
-        raise UserError(f"parallel.expert={expert}, but the model has no routed MLP. Use 1.")
-    experts, problems = math.gcd(*(len(w) for w in routed)), []
-    if experts % expert:
-        legal = [n for n in range(1, experts + 1) if experts % n == 0 and size % n == 0]
-        problems.append(
-            f"parallel.expert={expert} does not divide the experts of every layer "
-            f"({', '.join(str(n) for n in sorted({len(w) for w in routed}))}). Use one of "
-            f"{', '.join(map(str, legal))}."
-        )
-    rows = math.gcd(*(n for w in routed for n in (w.shape[1], w.shape[2])))
-    if rows % (size // expert):
-        problems.append(
-            f"{size // expert} ranks that hold the same experts cannot cut their rows evenly: "
-            f"sizes have {rows} as largest common divisor. Use a larger parallel.expert."
-        )
-    raise_all(problems)
-
-
-def freeze(model: nn.Module, patterns: list[str]) -> None:
-    """Train the parameters whose name matches a pattern, freeze the others.
-
-    Raises UserError for a pattern that matches nothing: a misspelt one would freeze in silence.
-    """
-    check_patterns([name for name, _ in model.named_parameters()], patterns)
-    for name, parameter in model.named_parameters():
-        parameter.requires_grad_(any(fnmatchcase(name, pattern) for pattern in patterns))
-
-
-# What a recomputed layer must find again: a router's near-tie must not fall the other way.
-CHOICES = (torch.ops.moe.select_top_k.default, torch.ops.moe.route.default)
-
-
-class _Keep(TorchDispatchMode):
-    """While a layer runs: keep the routers' choices."""
-
-    def __init__(self, kept: list[Any]) -> None:
-        super().__init__()
-        self.kept = kept
-
-    @classmethod
-    def ignore_compile_internals(cls) -> bool:
-        """Compile what runs under it all the same: torch would fall back to eager in silence."""
-        return True
-
-    def __torch_dispatch__(
-        self, operation: Any, types: Any, args: Any = (), kwargs: Any = None
-    ) -> Any:
-        found = operation(*args, **(kwargs or {}))
-        if operation in CHOICES:
-            self.kept.append(tree_map(torch.Tensor.detach, found))
-        return found
-
-
-class _Give(_Keep):
-    """While it is recomputed: give them back in the same order. All else is computed, for what an
-    FSDP does inside a layer is not the same the second time, which torch's own selective
-    checkpointing takes for a mistake.
-    """
-
-    def __torch_dispatch__(
-        self, operation: Any, types: Any, args: Any = (), kwargs: Any = None
-    ) -> Any:
-        if operation in CHOICES:
-            return self.kept.pop(0)
-        return operation(*args, **(kwargs or {}))
-
-
-def _keep_choices() -> tuple[_Keep, _Give]:
-    """The two contexts of a checkpointed layer."""
-    kept: list[Any] = []
-    return _Keep(kept), _Give(kept)

@@ -10,7 +10,7 @@ from harness import run_ranks
 from torch.nn import functional as F
 
 from moe.config import parse
-from moe.engines import build, native
+from moe.engines import build, native, parameters
 from moe.errors import UserError
 from moe.parallel.world import world
 
@@ -119,11 +119,11 @@ def test_float32_differs_by_the_order_of_sums_alone():
 def test_experts_that_cannot_be_divided_are_refused():
     model = tiny.routed_model(tiny.dense_model(), None, tiny.MOE)
     with pytest.raises(UserError, match="does not divide the experts of every layer"):
-        native.check_experts(model, 3, 6)
+        parameters.check_experts(model, 3, 6)
     with pytest.raises(UserError, match="cannot cut their rows evenly"):
-        native.check_experts(model, 1 + 1, 22)
+        parameters.check_experts(model, 1 + 1, 22)
     with pytest.raises(UserError, match="has no routed MLP"):
-        native.check_experts(tiny.routed_model(tiny.dense_model(), tiny.MOH), 2, 2)
+        parameters.check_experts(tiny.routed_model(tiny.dense_model(), tiny.MOH), 2, 2)
     values = {
         "model": "m",
         "out": "o",

@@ -12,7 +12,7 @@ from torch.distributed.tensor import DTensor
 from torch.nn import functional as F
 
 from moe.config import RunConfig, parse
-from moe.engines import build, native
+from moe.engines import build, recompute
 from moe.engines.base import Engine
 from moe.errors import UserError
 from moe.kernels.route import naive
@@ -170,8 +170,8 @@ def test_recomputation_keeps_the_routers_choices(ranks, monkeypatch) -> None:
         return contextlib.nullcontext(), contextlib.nullcontext()
 
     counts = {}
-    for name, contexts in (("kept", native._keep_choices), ("recomputed", forget)):
-        monkeypatch.setattr(native, "_keep_choices", contexts)
+    for name, contexts in (("kept", recompute._keep_choices), ("recomputed", forget)):
+        monkeypatch.setattr(recompute, "_keep_choices", contexts)
         engine = engine_of(ranks, train={"activation_checkpointing": "full"})
         calls.clear()
         engine.backward(loss_of(engine), True)

@@ -1,0 +1,65 @@
+"""Which parameters are trained, how, and among how many ranks experts can be divided."""
+
+import math
+from fnmatch import fnmatchcase
+from typing import Any
+
+import torch
+from torch import nn
+
+from moe.config import Optimizer
+from moe.engines.base import check_patterns
+from moe.errors import UserError, raise_all
+from moe.model.experts import RoutedMLP
+
+
+def adamw(named: list[tuple[str, nn.Parameter]], options: Optimizer) -> torch.optim.AdamW:
+    """AdamW over the parameters that are trained; norms and biases are not decayed."""
+    # attention experts' norms, a row per head, are no matrices either
+    decayed = {n for n, p in named if p.ndim >= 2 and "norm" not in n}
+    groups: list[dict[str, Any]] = [
+        {"params": [p for n, p in named if n in decayed]},
+        {"params": [p for n, p in named if n not in decayed], "weight_decay": 0.0},
+    ]
+    return torch.optim.AdamW(
+        [g for g in groups if g["params"]],
+        lr=options.lr,
+        betas=options.betas,
+        eps=options.eps,
+        weight_decay=options.weight_decay,
+        fused=True,
+    )
+
+
+def check_experts(model: nn.Module, expert: int, size: int) -> None:
+    """Raise UserError where the experts cannot be divided among `expert` of `size` ranks."""
+    routed = [m.experts.gate_up_proj for m in model.modules() if isinstance(m, RoutedMLP)]
+    if expert == 1:
+        return
+    if not routed:
+        raise UserError(f"parallel.expert={expert}, but the model has no routed MLP. Use 1.")
+    experts, problems = math.gcd(*(len(w) for w in routed)), []
+    if experts % expert:
+        legal = [n for n in range(1, experts + 1) if experts % n == 0 and size % n == 0]
+        problems.append(
+            f"parallel.expert={expert} does not divide the experts of every layer "
+            f"({', '.join(str(n) for n in sorted({len(w) for w in routed}))}). Use one of "
+            f"{', '.join(map(str, legal))}."
+        )
+    rows = math.gcd(*(n for w in routed for n in (w.shape[1], w.shape[2])))
+    if rows % (size // expert):
+        problems.append(
+            f"{size // expert} ranks that hold the same experts cannot cut their rows evenly: "
+            f"sizes have {rows} as largest common divisor. Use a larger parallel.expert."
+        )
+    raise_all(problems)
+
+
+def freeze(model: nn.Module, patterns: list[str]) -> None:
+    """Train the parameters whose name matches a pattern, freeze the others.
+
+    Raises UserError for a pattern that matches nothing: a misspelt one would freeze in silence.
+    """
+    check_patterns([name for name, _ in model.named_parameters()], patterns)
+    for name, parameter in model.named_parameters():
+        parameter.requires_grad_(any(fnmatchcase(name, pattern) for pattern in patterns))
