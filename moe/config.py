@@ -90,6 +90,19 @@ class Parallel(Section):
     """Ranks that share one copy; -1: all that are left."""
     expert: int = Field(1, gt=0)
     """Ranks among which the experts of a layer are divided; tokens travel to them."""
+    timeout: float = Field(1800.0, gt=0)
+    """Seconds that a rank waits for another, before all of them end."""
+
+
+class DeepSpeed(Section):
+    """What engine deepspeed needs to know besides; its JSON is made from all sections."""
+
+    stage: Literal[0, 1, 2, 3] = 1
+    """ZeRO: what is divided among ranks. 1: moments; 2: gradients too; 3: weights too."""
+    offload: Literal["none", "optimizer", "parameters"] = "none"
+    """What lies in the host's memory: moments and their step, or the weights as well."""
+    overlay: Path | None = None
+    """A DeepSpeed JSON with further settings; keys that this file decides are refused."""
 
 
 class Checkpoint(Section):
@@ -111,12 +124,13 @@ class RunConfig(Section):
     model: Path
     out: Path
     seed: int = Field(0, ge=0, lt=2**32)
-    engine: Literal["native"] = "native"
+    engine: Literal["native", "deepspeed"] = "native"
     data: Data
     train: Train = Train()
     optimizer: Optimizer = Optimizer()
     schedule: Schedule = Schedule()
     parallel: Parallel = Parallel()
+    deepspeed: DeepSpeed = DeepSpeed()
     checkpoint: Checkpoint = Checkpoint()
     eval: Evaluation = Evaluation()
 

@@ -19,6 +19,14 @@ class UserError(MoeError, ValueError):
     exit_code = 2
 
 
+class SaidElsewhere(MoeError):
+    """What another rank reports: this one ends in silence, with the same code."""
+
+    def __init__(self, exit_code: int) -> None:
+        super().__init__()
+        self.exit_code = exit_code
+
+
 class Corrupt(MoeError):
     """Data on disk is damaged or incomplete: a hash, a shape or a file is not what was written."""
 

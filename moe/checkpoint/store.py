@@ -43,6 +43,7 @@ class Entry(Protocol):
     def kind(self) -> Any: ...
     @property
     def tensor(self) -> Tensor: ...
+    def put(self, tensor: Tensor) -> None: ...
 
 
 def save(
@@ -115,14 +116,15 @@ def _write_pieces(
     tensors, records = {}, {}
     for entry in entries:
         key = f"{entry.kind}/{entry.name}"
-        local, offset, ours = _block(entry.tensor, rank)
+        tensor = entry.tensor  # an engine may have to put it together
+        local, offset, ours = _block(tensor, rank)
         pieces: tuple[Piece, ...] = ()
         if ours and local.numel():
             # a copy, so that tied or viewed storage is written once per name and contiguous
             tensors[key] = local.detach().cpu().clone(memory_format=torch.contiguous_format)
             pieces = (Piece(file.name, key, offset, tuple(local.shape)),)
-        dtype = str(entry.tensor.dtype).removeprefix("torch.")
-        records[key] = TensorRecord(entry.kind, dtype, tuple(entry.tensor.shape), pieces)
+        dtype = str(tensor.dtype).removeprefix("torch.")
+        records[key] = TensorRecord(entry.kind, dtype, tuple(tensor.shape), pieces)
     tensors["rng"] = torch.get_rng_state()
     save_file(tensors, file)
     file.chmod(0o666 & ~_umask())
@@ -233,7 +235,7 @@ class Reader:
         """Fill every tensor of a state, whatever its division. Raises UserError where the
         checkpoint and the state do not hold the same tensors.
         """
-        wanted = {f"{e.kind}/{e.name}": e.tensor for e in entries}
+        wanted = {f"{e.kind}/{e.name}": e for e in entries}
         stored = self.manifest.tensors
         if wanted.keys() != stored.keys():
             missing, extra = sorted(wanted.keys() - stored), sorted(stored.keys() - wanted.keys())
@@ -242,7 +244,8 @@ class Reader:
                 f"checkpoint {missing[:2]}, {len(extra)} are not in the model {extra[:2]}. Was "
                 "train.trainable or the model changed? Use train.resume=never to start over."
             )
-        for key, tensor in wanted.items():
+        for key, entry in wanted.items():
+            tensor = entry.tensor
             if tuple(tensor.shape) != stored[key].shape:
                 raise UserError(
                     f"{self.folder}: {key} is {stored[key].shape}, "
@@ -252,6 +255,7 @@ class Reader:
             if local.numel():
                 with torch.no_grad():
                     local.copy_(self.block(key, offset, tuple(local.shape)))
+            entry.put(tensor)
 
     def random_state(self, rank: int) -> Tensor | None:
         """The generator state that this rank saved; None where it did not exist then."""

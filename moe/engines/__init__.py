@@ -9,6 +9,10 @@ from moe.parallel.world import Ranks
 
 def build(model: PreTrainedModel, config: RunConfig, ranks: Ranks) -> Engine:
     """The engine that the configuration names, around a model in float32 on the CPU."""
+    if config.engine == "deepspeed":
+        from moe.engines.deepspeed import DeepSpeedEngine
+
+        return DeepSpeedEngine(model, config, ranks)
     from moe.engines.native import NativeEngine
 
     return NativeEngine(model, config, ranks)

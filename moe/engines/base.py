@@ -24,6 +24,9 @@ class Entry:
     kind: Kind
     tensor: Tensor
 
+    def put(self, tensor: Tensor) -> None:
+        """Take over what was written into `tensor`: nothing to do where it is the state itself."""
+
 
 class Engine(Protocol):
     """What every engine does, with the same numbers."""

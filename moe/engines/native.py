@@ -12,7 +12,7 @@ from transformers import PreTrainedModel
 
 from moe.config import Parallel, RunConfig
 from moe.engines.base import Entry
-from moe.engines.parameters import adamw, check_experts, freeze
+from moe.engines.parameters import adamw, check_experts, freeze, parameter_groups
 from moe.engines.recompute import recompute
 from moe.model.experts import RoutedMLP
 from moe.parallel.exchange import AllToAll
@@ -42,7 +42,7 @@ class NativeEngine:
         if ranks.size > 1 or self.dtype != torch.float32:
             self._shard(config.parallel)
         trained = [(n, p) for n, p in self.model.named_parameters() if p.requires_grad]
-        self.optimizer = adamw(trained, config.optimizer)
+        self.optimizer = adamw(parameter_groups(trained), config.optimizer)
 
     def _shard(self, parallel: Parallel) -> None:
         mesh = self.ranks.mesh(parallel.replicate)

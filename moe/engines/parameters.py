@@ -13,16 +13,21 @@ from moe.errors import UserError, raise_all
 from moe.model.experts import RoutedMLP
 
 
-def adamw(named: list[tuple[str, nn.Parameter]], options: Optimizer) -> torch.optim.AdamW:
-    """AdamW over the parameters that are trained; norms and biases are not decayed."""
+def parameter_groups(named: list[tuple[str, nn.Parameter]]) -> list[dict[str, Any]]:
+    """Parameters whose weights decay, and norms and biases, whose do not; none of them empty."""
     # attention experts' norms, a row per head, are no matrices either
     decayed = {n for n, p in named if p.ndim >= 2 and "norm" not in n}
     groups: list[dict[str, Any]] = [
-        {"params": [p for n, p in named if n in decayed]},
-        {"params": [p for n, p in named if n not in decayed], "weight_decay": 0.0},
+        {"params": [p for n, p in named if n in decayed], "name": "decayed"},
+        {"params": [p for n, p in named if n not in decayed], "name": "kept", "weight_decay": 0.0},
     ]
+    return [g for g in groups if g["params"]]
+
+
+def adamw(groups: list[dict[str, Any]], options: Optimizer) -> torch.optim.AdamW:
+    """The optimiser of every engine."""
     return torch.optim.AdamW(
-        [g for g in groups if g["params"]],
+        groups,
         lr=options.lr,
         betas=options.betas,
         eps=options.eps,

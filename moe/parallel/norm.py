@@ -15,6 +15,7 @@ def global_norm(gradients: Iterable[Tensor]) -> Tensor:
     so that replicas count once. Partial placements are not gradients any engine hands out.
     """
     local: dict[tuple, Tensor] = {}  # squares by the groups they still have to be summed over
+    width = torch.float32
     for gradient in gradients:
         axes: tuple = ()
         if isinstance(gradient, DTensor):
@@ -25,13 +26,16 @@ def global_norm(gradients: Iterable[Tensor]) -> Tensor:
                 if isinstance(placement, Shard)
             )
             gradient = gradient.to_local()
-        wide = torch.promote_types(gradient.dtype, torch.float32)
-        square = torch.linalg.vector_norm(gradient, dtype=wide).square()
+        width = torch.promote_types(gradient.dtype, width)
+        # a CPU adds up a long vector in one row: in float32 the fifth digit of 30 000 is wrong
+        within = torch.float64 if gradient.device.type == "cpu" else width
+        square = torch.linalg.vector_norm(gradient, dtype=within).double().square()
         local[axes] = local[axes] + square if axes in local else square
     for axes, square in local.items():
         for mesh, axis in axes:
             distributed.all_reduce(square, group=mesh.get_group(axis))
-    return torch.stack(list(local.values())).sum().sqrt() if local else torch.zeros(())
+    total = torch.stack(list(local.values())).sum() if local else torch.zeros(())
+    return total.sqrt().to(width)
 
 
 @torch.no_grad()

@@ -6,6 +6,7 @@ with world() as ranks:        # torchrun's environment, or a single process
 
 import contextlib
 import os
+import re
 from collections.abc import Iterator
 from dataclasses import dataclass
 from datetime import timedelta
@@ -15,7 +16,10 @@ import torch
 from torch import Tensor, distributed
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 
-TIMEOUT = timedelta(minutes=30)
+from moe.errors import MoeError
+
+# what torch says where a peer is gone or silent: gloo and NCCL have no error type for it
+LOST = re.compile(r"gloo|NCCL|[Cc]onnection (closed|reset|refused)|[Tt]imed? ?out|Broken pipe")
 
 
 @dataclass(frozen=True, slots=True)
@@ -59,8 +63,9 @@ class Ranks:
 
 
 @contextlib.contextmanager
-def world() -> Iterator[Ranks]:
-    """Join the process group that torchrun describes; alone, make a group of one.
+def world(timeout: float = 1800.0) -> Iterator[Ranks]:
+    """Join the process group that torchrun describes; alone, make a group of one. No rank waits
+    for another longer than `timeout` seconds.
 
     NCCL on GPUs, gloo on CPUs. The group of one lets a single process shard over itself, so that
     one code path serves one process and many.
@@ -74,7 +79,7 @@ def world() -> Iterator[Ranks]:
     if not joined:
         backend = "nccl" if device.type == "cuda" else "gloo"
         if size > 1:
-            distributed.init_process_group(backend, timeout=TIMEOUT)
+            distributed.init_process_group(backend, timeout=timedelta(seconds=timeout))
         else:
             store = distributed.HashStore()
             distributed.init_process_group(backend, store=store, rank=0, world_size=1)
@@ -82,6 +87,14 @@ def world() -> Iterator[Ranks]:
         size, rank = distributed.get_world_size(), distributed.get_rank()
     try:
         yield Ranks(rank, size, device)
+    except RuntimeError as error:
+        if size == 1 or not LOST.search(str(error)):
+            raise
+        raise MoeError(
+            f"another of the {size} ranks is gone, or was silent for {timeout:g} s "
+            f"(parallel.timeout): {str(error).strip().splitlines()[0]}. What ended it is in its "
+            "own output; start the run again, and it goes on from its newest checkpoint."
+        ) from error
     finally:
         if not joined:
             distributed.destroy_process_group()

@@ -1,4 +1,6 @@
-"""`torchrun --nproc-per-node N -m moe.train CONFIG [key.path=value …]`."""
+"""`torchrun --nproc-per-node N -m moe.train CONFIG [key.path=value …]`, or
+`deepspeed --module moe.train CONFIG [key.path=value …]`.
+"""
 
 import os
 import sys
@@ -7,9 +9,12 @@ from moe.errors import MoeError
 from moe.train.command import app
 
 if __name__ == "__main__":
+    # DeepSpeed's launcher says with an argument what torchrun says in LOCAL_RANK, and says it too
+    arguments = [a for a in sys.argv[1:] if not a.startswith("--local_rank=")]
     try:
-        app(prog_name="python -m moe.train")
+        app(arguments, prog_name="python -m moe.train")
     except MoeError as error:
         rank = os.environ.get("RANK", "0")
-        print(f"error{f' on rank {rank}' if rank != '0' else ''}: {error}", file=sys.stderr)
+        if str(error):
+            print(f"error{f' on rank {rank}' if rank != '0' else ''}: {error}", file=sys.stderr)
         sys.exit(error.exit_code)

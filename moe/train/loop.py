@@ -28,6 +28,7 @@ from moe.model.spec import DenseMLP
 from moe.model.union import UnionRouter
 from moe.parallel.world import Ranks, world
 from moe.progress import quiet_libraries
+from moe.train.configurations import check_same, differences
 from moe.train.loads import LoadMeter, StepLoads
 from moe.train.metrics import Reporter, peak_flops
 from moe.train.schedule import annealed, learning_rate
@@ -41,7 +42,8 @@ BUFFERS = ".selection_bias"
 def train(config: RunConfig) -> None:
     """Run a configuration to its last step, from its newest checkpoint if there is one."""
     quiet_libraries()
-    with world() as ranks:
+    with world(config.parallel.timeout) as ranks:
+        check_same(config, ranks)
         config.check_world(ranks.size)
         Run(config, ranks).go()
 
@@ -352,18 +354,6 @@ class Run:
             for line in differences(progress["config"], self.config.model_dump(mode="json")):
                 print(f"  changed since then: {line}", flush=True)
         return int(progress["step"])
-
-
-def differences(then: dict[str, Any], now: dict[str, Any], at: str = "") -> list[str]:
-    """Keys of two configurations that differ, with both values, but for where the run lies."""
-    lines = []
-    for key in sorted(then.keys() | now.keys()):
-        old, new, place = then.get(key), now.get(key), f"{at}{key}"
-        if isinstance(old, dict) and isinstance(new, dict):
-            lines += differences(old, new, f"{place}.")
-        elif old != new and place not in ("out", "model", "train.resume"):
-            lines.append(f"{place} {old} -> {new}")
-    return lines
 
 
 def token_losses(logits: Tensor, batch: dict[str, Tensor]) -> Tensor:

@@ -6,7 +6,6 @@ import resource
 import shutil
 import signal
 from collections.abc import Callable, Iterable
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -18,14 +17,8 @@ from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.tensor import Replicate, Shard, distribute_tensor
 
 from moe.checkpoint import manifest, store
+from moe.engines.base import Entry
 from moe.errors import Corrupt, UserError
-
-
-@dataclass(frozen=True)
-class Entry:
-    name: str
-    kind: str
-    tensor: Tensor
 
 
 def state(seed: int = 0) -> list[Entry]:

@@ -154,3 +154,12 @@ def test_one_value_that_is_not_finite_shows_in_the_norm(bad) -> None:
     assert torch.isfinite(global_norm(gradients))
     gradients[2][0, 0, 0] = bad
     assert not torch.isfinite(global_norm(gradients))
+
+
+def test_a_long_vector_keeps_its_digits():
+    """As engines hand out that keep gradients flat. Negative control: float32 all the way."""
+    flat = torch.randn(1_000_000, generator=torch.Generator().manual_seed(0)) * 1e-3
+    exact = flat.double().norm()
+    norm = global_norm([flat])
+    assert norm.dtype == torch.float32 and (norm / exact - 1).abs() < 1e-7
+    assert (torch.linalg.vector_norm(flat) / exact - 1).abs() > 1e-6
