@@ -38,6 +38,7 @@ __all__ = [
     "attends_heads",
     "backend",
     "gate_heads",
+    "limit_load",
     "pack",
     "route",
     "routed_mlp",
@@ -80,6 +81,23 @@ def select_top_k(scores: Tensor, k: int) -> Tensor:
 @select_top_k.register_fake
 def _(scores: Tensor, k: int) -> Tensor:
     return scores.new_empty(*scores.shape[:-1], k, dtype=torch.int64)
+
+
+@torch.library.custom_op("moe::limit_load", mutates_args=())
+def limit_load(
+    indices: Tensor, weights: Tensor, experts: int, room: int, valid: Tensor | None
+) -> Tensor:
+    """Indices [T, K] with at most `room` of each expert, E (none) for the lightest beyond.
+
+    Of equal weights [T, K] the earlier token stays; `valid` [T] bool, where given, says which
+    tokens stay before others. An op of its own for the same reason.
+    """
+    return route_naive.limit_load(indices, weights, experts, room, valid)
+
+
+@limit_load.register_fake
+def _(indices: Tensor, weights: Tensor, experts: int, room: int, valid: Tensor | None) -> Tensor:
+    return indices.new_empty(indices.shape)
 
 
 class Routed(NamedTuple):

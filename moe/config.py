@@ -92,6 +92,9 @@ class Parallel(Section):
     """Ranks among which the experts of a layer are divided; tokens travel to them."""
     timeout: float = Field(1800.0, gt=0)
     """Seconds that a rank waits for another, before all of them end."""
+    capacity: float | None = Field(None, gt=0)
+    """Most of a rank's tokens that one expert takes in training, over the mean of all experts: what
+    is beyond is dropped. null: nothing ever is."""
 
 
 class DeepSpeed(Section):

@@ -90,6 +90,26 @@ def select_top_k(scores_TE: Tensor, k: int) -> Tensor:
     return torch.sort(scores_TE, dim=-1, descending=True, stable=True).indices[..., :k]
 
 
+def limit_load(
+    indices_TK: Tensor, weights_TK: Tensor, experts: int, room: int, valid_T: Tensor | None
+) -> Tensor:
+    """The indices, E (none) where an expert has `room` choices that weigh more.
+
+    Of equal weights those of later tokens go; tokens that are not valid go before all others, the
+    later ones first.
+    """
+    if valid_T is not None:
+        weights_TK = weights_TK.masked_fill(~valid_T[:, None], -torch.inf)
+    flat_P = indices_TK.reshape(-1)
+    heavy_P = torch.sort(weights_TK.reshape(-1), descending=True, stable=True).indices
+    expert_P, order_P = torch.sort(flat_P[heavy_P], stable=True)
+    at_P = torch.arange(len(flat_P), device=flat_P.device)
+    # where each expert's choices begin: a count of them would ask the device for its size
+    first_P = torch.searchsorted(expert_P, expert_P)
+    kept_P = torch.where(at_P - first_P < room, expert_P, experts)
+    return torch.empty_like(flat_P).scatter_(0, heavy_P[order_P], kept_P).view_as(indices_TK)
+
+
 def weigh(scores_TE: Tensor, indices_TK: Tensor, renormalise: bool) -> Tensor:
     """Weights [T, K] of the chosen parts: their scores, made to sum to 1 if `renormalise`."""
     weights_TK = scores_TE.gather(-1, indices_TK)

@@ -4,11 +4,13 @@ from transformers import PreTrainedModel
 
 from moe.config import RunConfig
 from moe.engines.base import Engine
+from moe.engines.parameters import limit_experts
 from moe.parallel.world import Ranks
 
 
 def build(model: PreTrainedModel, config: RunConfig, ranks: Ranks) -> Engine:
     """The engine that the configuration names, around a model in float32 on the CPU."""
+    limit_experts(model, config.parallel.capacity)
     if config.engine == "deepspeed":
         from moe.engines.deepspeed import DeepSpeedEngine
 

@@ -11,6 +11,7 @@ from moe.config import Optimizer
 from moe.engines.base import check_patterns
 from moe.errors import UserError, raise_all
 from moe.model.experts import RoutedMLP
+from moe.model.spec import UoEMLP
 
 
 def parameter_groups(named: list[tuple[str, nn.Parameter]]) -> list[dict[str, Any]]:
@@ -58,6 +59,24 @@ def check_experts(model: nn.Module, expert: int, size: int) -> None:
             f"sizes have {rows} as largest common divisor. Use a larger parallel.expert."
         )
     raise_all(problems)
+
+
+def limit_experts(model: nn.Module, capacity: float | None) -> None:
+    """Give every routed MLP this capacity. Raises UserError where there is none to take it."""
+    if capacity is None:
+        return
+    routed = [m for m in model.modules() if isinstance(m, RoutedMLP)]
+    if not routed:
+        raise UserError(f"parallel.capacity={capacity:g}, but the model has no routed MLP.")
+    specs = [m.router.spec for m in routed]
+    modes = {s.mode for s in specs if isinstance(s, UoEMLP)} & {"threshold", "expert_choice"}
+    if modes:
+        raise UserError(
+            f"parallel.capacity={capacity:g}: mlp.mode={', '.join(sorted(modes))} gives a token no "
+            "fixed number of experts, so that there is no mean for a capacity to be of. Remove it."
+        )
+    for module in routed:
+        module.capacity = capacity
 
 
 def freeze(model: nn.Module, patterns: list[str]) -> None:

@@ -8,11 +8,13 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_map
 from transformers import PreTrainedModel
 
-import moe.kernels.ops  # noqa: F401  (registers moe::select_top_k and moe::route)
+import moe.kernels.ops  # noqa: F401  (registers moe::select_top_k and others)
 from moe.model.experts import Experts
 
 # What a recomputed layer must find again: a router's near-tie must not fall the other way.
-CHOICES = (torch.ops.moe.select_top_k.default, torch.ops.moe.route.default)
+CHOICES = tuple(
+    getattr(torch.ops.moe, name).default for name in ("select_top_k", "route", "limit_load")
+)
 
 
 class _Keep(TorchDispatchMode):

@@ -9,7 +9,7 @@ from moe.hf.families import routed_config
 from moe.hf.native import HOMES, from_native
 from moe.model import AttentionSpec, RoutedLlamaConfig
 from moe.model.accounting import flops_per_token, parameter_counts
-from moe.model.spec import BAMAttention, DenseMLP, MoHAttention, UoEAttention
+from moe.model.spec import BAMAttention, DenseMLP, MoEMLP, MoHAttention, UoEAttention
 from moe.upcycle.receipt import Receipt
 from moe.upcycle.source import read_config
 
@@ -50,10 +50,10 @@ def checkpoint_steps(manifest: Manifest) -> list[dict[str, Any]]:
 def _layer(config: RoutedLlamaConfig, index: int) -> dict[str, Any]:
     mlp = config.mlp_spec(index)
     experts, top_k = (1, 1) if isinstance(mlp, DenseMLP) else (mlp.num_experts, mlp.top_k)
-    return {
-        "attention": _attention(config, config.attention_spec(index)),
-        "mlp": {"kind": mlp.kind, "experts": experts, "top_k": top_k},
-    }
+    found: dict[str, Any] = {"kind": mlp.kind, "experts": experts, "top_k": top_k}
+    if isinstance(mlp, MoEMLP) and mlp.limited:
+        found |= {"groups": mlp.num_groups, "top_groups": mlp.top_groups}
+    return {"attention": _attention(config, config.attention_spec(index)), "mlp": found}
 
 
 def _attention(config: RoutedLlamaConfig, spec: AttentionSpec) -> dict[str, Any]:
@@ -112,4 +112,6 @@ def _describe_layer(layer: dict[str, Any]) -> str:
     experts = "dense MLP"
     if mlp["kind"] != "dense":
         experts = f"{mlp['kind']}, {mlp['top_k']} of {mlp['experts']} experts"
+        if "groups" in mlp:
+            experts += f" in {mlp['top_groups']} of {mlp['groups']} groups"
     return f"{heads}; {experts}"

@@ -131,6 +131,12 @@ def _mlp_obstacles(config: RoutedLlamaConfig, target: str, dtype: torch.dtype) -
         found.append(f"mlp.score=sigmoid: {target} scores experts by softmax.")
     if any(spec.selection_bias for spec in specs):
         found.append(f"mlp.selection_bias=True: {target} has no bias on the choice of experts.")
+    for limited in sorted({(s.top_groups, s.num_groups) for s in specs if s.limited}):
+        found.append(
+            "mlp.top_groups={} of num_groups={}: in {} a token chooses among all experts.".format(
+                *limited, target
+            )
+        )
     raw = {_raw(spec) for spec in specs}
     if True in raw and not home.raw_weights:
         found.append(f"mlp.renormalise=False: {target} makes the weights of a token sum to 1.")

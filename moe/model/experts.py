@@ -1,6 +1,9 @@
 """The routed MLP: a router, stacked SwiGLU experts, and the seam by which tokens reach them."""
 
 import copy
+import functools
+import math
+from collections.abc import Callable
 from typing import Protocol
 
 import torch
@@ -24,6 +27,7 @@ class Experts(nn.Module):
 
     def __init__(self, num_experts: int, hidden_size: int, intermediate_size: int) -> None:
         super().__init__()
+        self.num_experts = num_experts  # of the layer, whichever part of them lives here
         inner = intermediate_size
         self.gate_up_proj = nn.Parameter(torch.empty(num_experts, 2 * inner, hidden_size))
         self.down_proj = nn.Parameter(torch.empty(num_experts, hidden_size, inner))
@@ -47,7 +51,11 @@ class Experts(nn.Module):
 
 
 class Dispatcher(Protocol):
-    """How tokens reach the experts. The model never sees ranks; an engine injects this."""
+    """How tokens reach the experts. The model never sees ranks; an engine injects this.
+
+    What `meanwhile` gives is added to the experts' output; where rows travel, it is computed while
+    they do.
+    """
 
     def __call__(
         self,
@@ -56,6 +64,7 @@ class Dispatcher(Protocol):
         indices_TK: Tensor,
         weights_TK: Tensor,
         plan: ops.Plan | None = None,
+        meanwhile: Callable[[], Tensor] | None = None,
     ) -> Tensor: ...
 
 
@@ -65,18 +74,42 @@ def local(
     indices_TK: Tensor,
     weights_TK: Tensor,
     plan: ops.Plan | None = None,
+    meanwhile: Callable[[], Tensor] | None = None,
 ) -> Tensor:
     """The dispatcher of a process that holds every expert."""
-    return experts(x_TH, indices_TK, weights_TK, plan)
+    y_TH = experts(x_TH, indices_TK, weights_TK, plan)
+    return y_TH if meanwhile is None else y_TH + meanwhile()
+
+
+def limit(
+    choice: ExpertChoice, num_experts: int, capacity: float, valid_T: Tensor | None
+) -> ExpertChoice:
+    """The choice, with nothing in place of an expert that has no room: index E, weight 0.
+
+    Each of E experts has room for ceil(capacity · T · K / E) of the T tokens, whatever part of them
+    is padding: that is a number known without asking the device. Those of the smallest weight go,
+    of equal ones the later, padding (not counted as dropped) before all others.
+    """
+    tokens, k = choice.indices_TK.shape
+    room = math.ceil(capacity * tokens * k / num_experts)
+    given = choice.indices_TK, choice.weights_TK.detach()
+    indices_TK = ops.limit_load(*given, num_experts, room, valid_T)
+    lost_TK = indices_TK != choice.indices_TK
+    counted_TK = lost_TK if valid_T is None else lost_TK & valid_T[:, None]
+    load = choice.load._replace(dropped=counted_TK.sum().to(choice.load.tokens))
+    return ExpertChoice(indices_TK, choice.weights_TK.masked_fill(lost_TK, 0.0), load)
 
 
 class RoutedMLP(nn.Module):
-    """Mixture-of-experts MLP, dropless, with an optional expert that every token visits.
+    """Mixture-of-experts MLP with an optional expert that every token visits.
+
+    Dropless, but for training with a `capacity`, which an engine may set.
 
     A union of experts is the same with slices for experts and another router.
     """
 
     dispatcher: Dispatcher = staticmethod(local)
+    capacity: float | None = None
 
     def __init__(self, config: RoutedLlamaConfig, spec: RoutedMLPSpec) -> None:
         super().__init__()
@@ -107,11 +140,21 @@ class RoutedMLP(nn.Module):
         else:
             # a hook on the router may return three
             choice = ExpertChoice(*self.router(x_TH, valid_T, reference_E))
-            indices_TK, weights_TK, load, plan = choice
-            y_TH = self.dispatcher(self.experts, x_TH, indices_TK, weights_TK, plan)
-        if self.shared_expert is not None:
-            y_TH = y_TH + self.shared_expert(x_TH)
+            y_TH, load = self._visit(x_TH, choice, valid_T)
         return y_TH.view_as(x_BSH), load
+
+    def _visit(
+        self, x_TH: Tensor, choice: ExpertChoice, valid_T: Tensor | None
+    ) -> tuple[Tensor, RoutingLoad]:
+        """What the chosen experts make of each token [T, H], the shared one's output added."""
+        if self.capacity is not None and self.training:
+            choice = limit(choice, self.experts.num_experts, self.capacity, valid_T)
+        indices_TK, weights_TK, load, plan = choice
+        shared = None
+        if self.shared_expert is not None:
+            shared = functools.partial(self.shared_expert, x_TH)
+        given = x_TH, indices_TK, weights_TK, plan, shared
+        return self.dispatcher(self.experts, *given), load
 
     def _union(
         self,
@@ -130,13 +173,16 @@ class RoutedMLP(nn.Module):
         weights_TE = router.output_scale * choice.weights_TE
         if choice.indices_TK is not None:
             weights_TK = weights_TE.gather(1, choice.indices_TK)
-            y_TH = self.dispatcher(self.experts, x_TH, choice.indices_TK, weights_TK)
-            return y_TH, choice.load
+            fixed = ExpertChoice(choice.indices_TK, weights_TK, choice.load)
+            return self._visit(x_TH, fixed, valid_T)
         # any number of experts a token: each pair becomes a token with one expert
         token_P, expert_P = choice.mask_TE.nonzero(as_tuple=True)
         weight_P1 = weights_TE[token_P, expert_P][:, None]
         y_PH = self.dispatcher(self.experts, x_TH[token_P], expert_P[:, None], weight_P1)
-        return torch.zeros_like(x_TH, dtype=y_PH.dtype).index_add(0, token_P, y_PH), choice.load
+        y_TH = torch.zeros_like(x_TH, dtype=y_PH.dtype).index_add(0, token_P, y_PH)
+        if self.shared_expert is not None:
+            y_TH = y_TH + self.shared_expert(x_TH)
+        return y_TH, choice.load
 
 
 def memory_of(mlp: RoutedMLP, cache: Cache | None, layer: int) -> dict[str, Tensor] | None:

@@ -24,6 +24,7 @@ class RoutingLoad(NamedTuple):
     tokens: Tensor  # [] tokens counted
     balance: Tensor  # [] balance loss, mean over tokens, before its coefficient
     z: Tensor  # [] mean squared logsumexp of the logits; 0 for a router without logits
+    dropped: Tensor | None = None  # [] choices (counted above) without room, where it is limited
 
 
 class LayerRouting(NamedTuple):

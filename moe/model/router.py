@@ -212,6 +212,20 @@ class ExpertChoice(NamedTuple):
     plan: ops.Plan | None = None  # of these indices; whoever changes them leaves it out
 
 
+def within_reach(score_TE: Tensor, spec: MoEMLP) -> Tensor:
+    """Which experts lie in a token's best groups: bool [T, E].
+
+    A group counts by the sum of its two best scores, the selection bias included. With groups on
+    nodes a token travels to few of them. Source: DeepSeek-V3, arXiv 2412.19437, section 2.1.2.
+    """
+    score_TGe = score_TE.unflatten(1, (spec.num_groups, -1))
+    best_TGe = score_TGe.topk(min(2, score_TGe.shape[2]), dim=2).values
+    assert spec.top_groups is not None
+    chosen_TM = ops.select_top_k(best_TGe.sum(2), spec.top_groups)
+    within_TG = torch.zeros_like(score_TGe[..., 0], dtype=torch.bool).scatter(1, chosen_TM, True)
+    return within_TG.repeat_interleave(score_TGe.shape[2], dim=1)
+
+
 class ExpertRouter(nn.Module):
     """Scores the experts of an MLP and picks top_k of them for each token."""
 
@@ -231,7 +245,7 @@ class ExpertRouter(nn.Module):
         spec = self.spec
         logits_TE = project(x_TH, self.weight)
         reference_E = reference_E if spec.balance_scope == "global" else None
-        if ops.routes_at_once(logits_TE):
+        if not spec.limited and ops.routes_at_once(logits_TE):
             bias_E = self.selection_bias
             how = spec.score, spec.renormalise, spec.weight_scale
             routed = ops.route(logits_TE, spec.top_k, *how, bias_E, valid_T)
@@ -241,6 +255,9 @@ class ExpertRouter(nn.Module):
         choice_TE = logits_TE.detach()  # scores of different logits can be the same
         if self.selection_bias is not None:
             choice_TE = scores_TE.detach() + self.selection_bias.to(scores_TE)
+        if spec.limited:
+            ranked_TE = scores_TE.detach() if self.selection_bias is None else choice_TE
+            choice_TE = choice_TE.masked_fill(~within_reach(ranked_TE, spec), -torch.inf)
         indices_TK = ops.select_top_k(choice_TE, spec.top_k)
         weights_TK = spec.weight_scale * ops.weigh(scores_TE, indices_TK, spec.renormalise)
         probability_TE = scores_TE

@@ -161,13 +161,20 @@ class MoEMLP:
     weight_scale: float = 1.0
     shared_intermediate_size: int = 0  # of an expert that every token visits; 0: none
     selection_bias: bool = False  # a bias on the choice only, moved against the load (no loss)
+    num_groups: int = 1  # of num_experts / num_groups experts each, in order
+    top_groups: int | None = None  # whose experts a token may choose among; None: all
     balance_coef: float = 0.01
     balance_scope: BalanceScope = "micro"
     z_coef: float = 0.0
 
+    @property
+    def limited(self) -> bool:
+        """Whether some groups of experts are out of a token's reach."""
+        return self.top_groups is not None and self.top_groups < self.num_groups
+
     def problems(self, hidden_act: str, mlp_bias: bool) -> list[str]:
         """What is wrong with this specification in a model of this activation and bias."""
-        return _expert_problems(self, hidden_act, mlp_bias)
+        return _expert_problems(self, hidden_act, mlp_bias) + _group_problems(self)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -270,6 +277,27 @@ def _choice_problems(spec: UoEAttention | MoEMLP | UoEMLP, part: str) -> list[st
             f"{part}.top_k={spec.top_k} must be between 1 and num_experts={spec.num_experts}."
         )
     return found
+
+
+def _group_problems(spec: MoEMLP) -> list[str]:
+    experts, groups, top = spec.num_experts, spec.num_groups, spec.top_groups
+    if experts < 1:
+        return []  # said already
+    if groups < 1 or experts % groups:
+        legal = [str(n) for n in range(1, experts + 1) if experts % n == 0]
+        return [
+            f"mlp.num_groups={groups} does not divide num_experts={experts}. Use one of "
+            f"{', '.join(legal)}."
+        ]
+    if top is not None and not 1 <= top <= groups:
+        return [f"mlp.top_groups={top} must be between 1 and num_groups={groups}."]
+    size = experts // groups
+    if top is not None and spec.top_k > top * size:
+        return [
+            f"mlp.top_k={spec.top_k}: mlp.top_groups={top} of {size} experts each leave "
+            f"{top * size} to choose from. Use a top_groups of at least {-(-spec.top_k // size)}."
+        ]
+    return []
 
 
 def _expert_problems(spec: MoEMLP | UoEMLP, hidden_act: str, mlp_bias: bool) -> list[str]:

@@ -42,7 +42,9 @@ class StepLoads:
         return {layer: load for (layer, p), load in self.routers.items() if p == part}
 
     def summary(self) -> dict[str, float]:
-        """Per part: worst load over mean, dead share, entropy over its maximum, balance, z."""
+        """Per part: worst load over mean, dead share, entropy over its maximum, balance, z; the
+        share of choices that were dropped, where that is possible.
+        """
         result: dict[str, float] = {}
         for part, noun in zip(PARTS, ("heads", "experts"), strict=True):
             loads = list(self.of(part).values())
@@ -60,6 +62,10 @@ class StepLoads:
             result[f"{noun}/balance"] = torch.stack([x.balance for x in loads]).mean().item()
             if part == "mlp":
                 result["experts/z"] = torch.stack([x.z for x in loads]).mean().item()
+                dropped = [(x.dropped, x.counts.sum()) for x in loads if x.dropped is not None]
+                if dropped:
+                    lost, pairs = (torch.stack(c).sum() for c in zip(*dropped, strict=True))
+                    result["experts/dropped_share"] = (lost / pairs.clamp(min=1)).item()
         return result
 
 
@@ -82,6 +88,7 @@ class LoadMeter:
                             load.tokens,
                             load.balance * load.tokens,
                             load.z * load.tokens,
+                            *([] if load.dropped is None else [load.dropped]),
                         ]
                     )
                     vector = torch.cat([load.counts, load.probability, scalars]).float()
@@ -97,10 +104,10 @@ class LoadMeter:
         routers = {}
         for key, vector in zip(sums, flat.split([len(v) for v in sums.values()]), strict=True):
             units = (len(vector) - 4) // 2
-            counts, probability, scalars = vector.split([units, units, 4])
-            entropy, tokens, balance, z = scalars
+            counts, probability, scalars = vector.split([units, units, len(vector) - 2 * units])
+            entropy, tokens, balance, z, *dropped = scalars
             mean = tokens.clamp(min=1)
             routers[key] = RoutingLoad(
-                counts, probability, entropy, tokens, balance / mean, z / mean
+                counts, probability, entropy, tokens, balance / mean, z / mean, *dropped
             )
         return StepLoads(routers, self.num_layers)

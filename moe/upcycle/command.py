@@ -22,6 +22,14 @@ Purpose = Annotated[
                  "even loads."),
 ]  # fmt: skip
 RouterInit = Annotated[str | None, typer.Option(help="normal:STD or zero; default normal:0.02.")]
+Groups = Annotated[
+    int, typer.Option(help="Groups of consecutive experts, one for each node or rank.")
+]
+TopGroups = Annotated[
+    int | None,
+    typer.Option(help="Groups whose experts a token may use, so that it travels no further; "
+                 "default all."),
+]  # fmt: skip
 Partition = Annotated[
     Literal["contiguous", "random", "kmeans", "activation"],
     typer.Option(help="Which neurons belong together: as they lie, at random, by their gate rows, "
@@ -119,6 +127,8 @@ def moh(
 def copy(
     num_experts: Annotated[int, typer.Option(help="Experts per layer.")],
     top_k: Annotated[int, typer.Option(help="Experts per token.")],
+    groups: Groups = 1,
+    top_groups: TopGroups = None,
     router_init: RouterInit = None,
     diversify: Annotated[
         str,
@@ -138,6 +148,10 @@ def granular(
     top_k: Annotated[
         int, typer.Option(help="Fine experts per token, a multiple of the granularity.")
     ],
+    groups: Annotated[
+        int, typer.Option(help="Groups of whole copies, one for each node or rank.")
+    ] = 1,
+    top_groups: TopGroups = None,
     router_init: RouterInit = None,
     purpose: Purpose = "train",
 ) -> Granular:
@@ -161,6 +175,8 @@ def split(
 @recipe(several=True)
 def btx(
     top_k: Annotated[int, typer.Option(help="FFN experts per token.")] = 2,
+    groups: Groups = 1,
+    top_groups: TopGroups = None,
     ffn_weights: FFNWeights = "renorm",
     purpose: Purpose = "train",
 ) -> BTX:

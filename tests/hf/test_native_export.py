@@ -245,6 +245,8 @@ REFUSED = [  # family, attention, experts, target, the dense config's fields, wh
     ("llama", None, RAW, "granitemoe", {}, ["renormalise=False", "It fits qwen2_moe"]),
     ("llama", None, {**MOE, "score": "sigmoid", "selection_bias": True}, "mixtral", {},
      ["score=sigmoid", "selection_bias=True"]),
+    ("llama", None, {**MOE, "num_groups": 4, "top_groups": 2}, "qwen2_moe", {},
+     ["mlp.top_groups=2 of num_groups=4: in qwen2_moe a token chooses among all experts"]),
     ("llama", None, [MOE, {**MOE, "num_experts": 8}, MOE], "qwen2_moe", {},
      ["num_experts is 4, 8"]),
     ("llama", None, [MOE, {"kind": "dense"}, MOE], "granitemoe", {},

@@ -62,7 +62,7 @@ def files() -> dict[str, str]:
 
 @pytest.mark.slow
 def test_a_process_without_moe_computes_the_same(tmp_path):
-    experts = {**MOE, "shared_intermediate_size": 24}
+    experts = {**MOE, "shared_intermediate_size": 24, "num_groups": 2, "top_groups": 1}
     original = write(tmp_path / "routed", "llama", MOH, [experts, {"kind": "dense"}, experts])
     tiny.tokenizer().save_pretrained(tmp_path / "routed")
     receipt = export(tmp_path / "routed", "remote-code", tmp_path / "out")

@@ -32,7 +32,7 @@ def test_sums_count_valid_tokens_only():
 
 def test_all_padding_gives_zero_and_no_nan():
     load = measure(torch.full((2, 2), 0.5), torch.tensor([[0], [1]]), torch.zeros(2), "unit")
-    assert load.tokens == 0 and load.balance == 0 and torch.isfinite(torch.stack(load[2:])).all()
+    assert load.tokens == 0 and load.balance == 0 and torch.isfinite(torch.stack(load[2:6])).all()
 
 
 @pytest.mark.parametrize("mode", ["token_choice", "threshold", "expert_choice", "sequence"])

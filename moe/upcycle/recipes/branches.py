@@ -19,6 +19,7 @@ from moe.upcycle.recipes.seam import (
     Purpose,
     Target,
     balance,
+    group_problems,
 )
 
 
@@ -30,16 +31,20 @@ class BTX:
     parts: ClassVar[tuple[str, ...]] = ("mlp",)
 
     top_k: int = 2
+    groups: int = 1  # of consecutive sources; a token uses those of top_groups (None: of all)
+    top_groups: int | None = None
     ffn_weights: Literal["raw", "renorm"] = "renorm"
     purpose: Purpose = "train"
 
     def resolved(self, config: RoutedLlamaConfig, sources: int) -> Self:
         raise_all(mixture_problems(self.name, self.top_k, sources))
+        raise_all(group_problems(sources, self.top_k, self.groups, self.top_groups))
         return self
 
     def apply(self, target: Target) -> str:
         average(target)
-        mix_mlps(target, self.top_k, self.ffn_weights, self.purpose)
+        groups = self.groups, self.top_groups
+        mix_mlps(target, self.top_k, self.ffn_weights, self.purpose, *groups)
         return same_source(target, self.ffn_weights)
 
     def inexact(self, config: RoutedLlamaConfig) -> str:
@@ -151,12 +156,21 @@ def raw_warning(ffn_weights: str) -> tuple[str, ...]:
     )
 
 
-def mix_mlps(target: Target, top_k: int, ffn_weights: str, purpose: Purpose) -> None:
+def mix_mlps(
+    target: Target,
+    top_k: int,
+    ffn_weights: str,
+    purpose: Purpose,
+    groups: int = 1,
+    top_groups: int | None = None,
+) -> None:
     """The sources' FFNs as experts, one router."""
     spec = MoEMLP(
         num_experts=len(target.sources),
         top_k=top_k,
         renormalise=ffn_weights == "renorm",
+        num_groups=groups,
+        top_groups=top_groups,
         balance_coef=balance(purpose),
         z_coef=0.001 if purpose == "train" else 0.0,
     )

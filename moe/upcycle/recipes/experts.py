@@ -18,6 +18,7 @@ from moe.upcycle.recipes.seam import (
     balance,
     choice_problems,
     divisors,
+    group_problems,
     number,
     router_std,
 )
@@ -34,6 +35,8 @@ class Copy:
 
     num_experts: int
     top_k: int
+    groups: int = 1  # of consecutive experts; a token uses those of top_groups (None: of all)
+    top_groups: int | None = None
     router_init: str | None = None  # normal:STD or zero; None: normal:0.02
     diversify: str = "none"  # none, perm, noise:S, drop:R
     purpose: Purpose = "train"
@@ -42,6 +45,9 @@ class Copy:
         """With every default spelled out. Raises UserError with all that is impossible."""
         recipe = dataclasses.replace(self, router_init=self.router_init or f"normal:{ROUTER_STD}")
         problems = choice_problems(self.num_experts, self.top_k)
+        if not problems:
+            groups = self.groups, self.top_groups
+            problems = group_problems(self.num_experts, self.top_k, *groups)
         raise_all(problems + problem(recipe.router_std) + problem(recipe.diversity))
         return recipe
 
@@ -65,7 +71,11 @@ class Copy:
     def apply(self, target: Target) -> str:
         """Replace the MLPs; returns the statement, empty where inexact."""
         spec = MoEMLP(
-            num_experts=self.num_experts, top_k=self.top_k, balance_coef=balance(self.purpose)
+            num_experts=self.num_experts,
+            top_k=self.top_k,
+            num_groups=self.groups,
+            top_groups=self.top_groups,
+            balance_coef=balance(self.purpose),
         )
         target.set_parts("mlp", to_dict(spec))
         for layer in target.layers:
@@ -122,6 +132,8 @@ class Granular:
     num_experts: int
     granularity: int
     top_k: int
+    groups: int = 1  # of whole copies; a token uses those of top_groups (None: of all)
+    top_groups: int | None = None
     router_init: str | None = None  # normal:STD or zero; None: normal:0.02
     purpose: Purpose = "train"
 
@@ -143,6 +155,9 @@ class Granular:
                 f"part of a copy is not the function. Use one of "
                 f"{', '.join(str(k) for k in range(self.granularity, fine + 1, self.granularity))}."
             )
+        if not problems:
+            groups = self.groups, self.top_groups, self.granularity
+            problems = group_problems(self.num_experts, self.top_k, *groups)
         raise_all(problems)
         return recipe
 
@@ -153,6 +168,8 @@ class Granular:
             num_experts=fine,
             top_k=self.top_k,
             intermediate_size=None if self.granularity == 1 else width,
+            num_groups=self.groups,
+            top_groups=self.top_groups,
             balance_coef=balance(self.purpose),
         )
         target.set_parts("mlp", to_dict(spec))

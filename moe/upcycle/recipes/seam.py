@@ -76,6 +76,33 @@ def choice_problems(num_experts: int, top_k: int) -> list[str]:
     return found
 
 
+def group_problems(
+    num_experts: int, top_k: int, groups: int, top_groups: int | None, granularity: int = 1
+) -> list[str]:
+    """What is impossible about `groups` of these experts, of which a token uses `top_groups`.
+
+    With a `granularity` there are `num_experts` copies of so many experts each, which `top_k`
+    counts; a group has whole copies.
+    """
+    if groups < 1 or num_experts % groups:
+        noun = "experts" if granularity == 1 else "copies"
+        return [
+            f"--groups {groups} does not divide the {num_experts} {noun}. Use one of "
+            f"{divisors(num_experts)}."
+        ]
+    if top_groups is None:
+        return []
+    if not 1 <= top_groups <= groups:
+        return [f"--top-groups {top_groups} must be between 1 and --groups {groups}."]
+    size = num_experts * granularity // groups
+    if top_k > top_groups * size:
+        return [
+            f"--top-k {top_k}: --top-groups {top_groups} of {size} experts each leave "
+            f"{top_groups * size} to choose from. Use at least --top-groups {-(-top_k // size)}."
+        ]
+    return []
+
+
 def divisors(number: int) -> str:
     """`1, 2, 4`: for messages that list what is legal."""
     return ", ".join(str(i) for i in range(1, number + 1) if number % i == 0)
