@@ -152,8 +152,11 @@ def opened(config: RunConfig) -> Iterator[tuple[Any, Callable[[], Step]]]:
 
             def step(lr: float, scale: torch.Tensor) -> None:
                 for name, parameter in engine.model.named_parameters():
-                    if parameter.grad is not None:
-                        gradients[name] = whole(parameter.grad).clone()
+                    gradient = parameter.grad
+                    if hasattr(engine, "whole_gradient"):  # where it lies in pieces
+                        gradient = engine.whole_gradient(name, parameter)
+                    if gradient is not None:
+                        gradients[name] = whole(gradient).clone()
                 type(engine).step(engine, lr, scale)
 
             with mock.patch.multiple(engine, forward=forward, step=step):
