@@ -2,11 +2,13 @@
 
 import json
 import os
+import shutil
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
+import yaml
 from toy_gguf import write_toy_gguf
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -14,7 +16,7 @@ TOY = ["train.steps=6", "data.sequence_length=64", "eval.every=3", "eval.sequenc
        "checkpoint.every=3", "optimizer.lr=1e-3"]  # fmt: skip
 
 
-def demo(folder: Path, gguf: Path) -> subprocess.CompletedProcess[str]:
+def demo(folder: Path, gguf: Path, *overrides: str) -> subprocess.CompletedProcess[str]:
     settings = {
         "DEMO_DIR": str(folder),
         "DEMO_GGUF": str(gguf),
@@ -23,7 +25,7 @@ def demo(folder: Path, gguf: Path) -> subprocess.CompletedProcess[str]:
         "BIN": str(Path(sys.executable).parent),
     }
     return subprocess.run(
-        [ROOT / "launch/demo.sh", *TOY],
+        [ROOT / "launch/demo.sh", *TOY, *overrides],
         env={**os.environ, **settings},
         capture_output=True,
         text=True,
@@ -84,3 +86,25 @@ def test_the_second_time_only_shows_the_result(done):
     assert second.returncode == 0, second.stdout + second.stderr
     assert second.stdout.count("is there already") == 8
     assert second.stdout.split("== done")[1] == first.stdout.split("== done")[1]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("override", ["engine=deepspeed", "parallel.expert=2"])
+def test_one_override_trains_it_otherwise_to_the_same_losses(done, tmp_path, override):
+    folder, _ = done
+    there = shutil.ignore_patterns("run", "tuned", "evaluation")
+    shutil.copytree(folder, tmp_path / "out", ignore=there)
+    process = demo(tmp_path / "out", folder / "not-needed-any-more.gguf", override)
+    assert process.returncode == 0, process.stdout + process.stderr
+    lines = [
+        [json.loads(x) for x in (f / "run/metrics.jsonl").read_text().splitlines()]
+        for f in (tmp_path / "out", folder)
+    ]
+    losses = [[line["loss"] for line in side if "loss" in line] for side in lines]
+    assert len(losses[0]) == 6
+    assert losses[0] == pytest.approx(losses[1], rel=1e-4)
+    key, value = override.split("=")
+    config = yaml.safe_load((tmp_path / "out/run/config.yaml").read_text())
+    for part in key.split("."):
+        config = config[part]
+    assert str(config) == value
