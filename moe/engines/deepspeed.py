@@ -323,6 +323,11 @@ def check(model: PreTrainedModel, config: RunConfig, ranks: Ranks) -> None:
             "deepspeed.stage=0 in bfloat16: DeepSpeed keeps no float32 weights then, and small "
             "updates are lost. Use stage 1, or train.dtype=float32."
         )
+    if stage == 3 and train.compile:
+        problems.append(
+            "train.compile with deepspeed.stage=3: torch compiles DeepSpeed's hooks too, again and "
+            "again. Use stage 2, or train.compile=false."
+        )
     if config.deepspeed.offload != "none" and stage == 0:
         problems.append("deepspeed.offload needs deepspeed.stage 1, 2 or 3.")
     if config.deepspeed.offload == "parameters" and stage < 3:

@@ -35,6 +35,8 @@ class AllToAll:
         # NCCL makes the device wait instead
         self.waited_seconds = 0.0
 
+    # how many rows go where is known when they go: there is no graph to compile around that
+    @torch.compiler.disable
     def __call__(
         self,
         experts: Callable[[Tensor, Tensor, Tensor], Tensor],

@@ -95,6 +95,14 @@ def test_the_whole_grid_of_deepspeed(size, stage):
     check([zero(*place, stage) for place in grid(size) if stage < 3 or place[2] == 1])
 
 
+@pytest.mark.full
+def test_compiled_layers_with_experts_apart():
+    check([
+        Case("moe", size=2, expert=2, width="float32", options={"compile": True}),
+        zero("moe", 2, 2, "balanced", 1, compile=True),
+    ])  # fmt: skip
+
+
 @pytest.mark.slow
 def test_what_engines_get_wrong_is_found():
     """Negative controls: FSDP2's own division, and clipping by what one rank sees."""

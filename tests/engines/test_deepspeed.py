@@ -83,6 +83,7 @@ def test_all_that_is_wrong_with_an_overlay_is_said_at_once(tmp_path):
     ({"parallel": {"expert": 2}, "deepspeed": {"stage": 3}}, "no expert parallelism with divided"),
     ({"parallel": {"replicate": 2}}, "parallel.replicate=2: ZeRO divides"),
     ({"deepspeed": {"stage": 0}}, "small updates are lost"),
+    ({"deepspeed": {"stage": 3}, "train": {"compile": True}}, "train.compile with deepspeed.stage"),
     ({"deepspeed": {"offload": "parameters", "stage": 2}}, "only stage 3 divides weights"),
     ({"deepspeed": {"offload": "optimizer", "stage": 0}}, "offload needs deepspeed.stage 1"),
     ({"parallel": {"expert": 3}}, "parallel.expert=3 does not divide the experts"),
