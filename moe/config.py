@@ -90,6 +90,8 @@ class Parallel(Section):
     """Ranks that share one copy; -1: all that are left."""
     expert: int = Field(1, gt=0)
     """Ranks among which the experts of a layer are divided; tokens travel to them."""
+    tensor: int = Field(1, gt=0)
+    """Ranks that compute a part each of attention, MLP and vocabulary, for the same tokens."""
     timeout: float = Field(1800.0, gt=0)
     """Seconds that a rank waits for another, before all of them end."""
     capacity: float | None = Field(None, gt=0)
@@ -164,30 +166,34 @@ class RunConfig(Section):
     def check_world(self, world_size: int) -> None:
         """Raise UserError where the batch or the mesh does not fit `world_size` ranks."""
         problems = []
-        per_pass = self.train.micro_batch_size * world_size
+        for axis in ("expert", "tensor"):
+            if world_size % getattr(self.parallel, axis):
+                legal = [n for n in range(1, world_size + 1) if world_size % n == 0]
+                problems.append(
+                    f"parallel.{axis}={getattr(self.parallel, axis)} does not divide the "
+                    f"{world_size} ranks there are. Use one of {', '.join(map(str, legal))}."
+                )
+        tensor = self.parallel.tensor
+        ranks = max(1, world_size // tensor)  # each with batches of its own
+        shared = f" (of {tensor} each, parallel.tensor)" if tensor > 1 else ""
+        per_pass = self.train.micro_batch_size * ranks
         if self.train.global_batch_size % per_pass:
             legal = [
                 m
                 for m in range(1, self.train.global_batch_size + 1)
-                if self.train.global_batch_size % (m * world_size) == 0
+                if self.train.global_batch_size % (m * ranks) == 0
             ]
             problems.append(
                 f"train.global_batch_size={self.train.global_batch_size} is not a multiple of "
-                f"train.micro_batch_size={self.train.micro_batch_size} × {world_size} ranks. "
+                f"train.micro_batch_size={self.train.micro_batch_size} × {ranks} ranks{shared}. "
                 + (f"Legal micro batch sizes: {', '.join(map(str, legal))}." if legal else
-                   f"Use a multiple of {world_size}.")
+                   f"Use a multiple of {ranks}.")
             )  # fmt: skip
         replicate, shard = self.parallel.replicate, self.parallel.shard
-        if world_size % replicate or (shard > 0 and replicate * shard != world_size) or shard == 0:
+        if ranks % replicate or (shard > 0 and replicate * shard != ranks) or shard == 0:
             problems.append(
-                f"parallel.replicate={replicate} × shard={shard} is not the {world_size} ranks "
+                f"parallel.replicate={replicate} × shard={shard} is not the {ranks} ranks{shared} "
                 "there are. Use shard -1, and a replicate that divides the ranks."
-            )
-        if world_size % self.parallel.expert:
-            legal = [n for n in range(1, world_size + 1) if world_size % n == 0]
-            problems.append(
-                f"parallel.expert={self.parallel.expert} does not divide the {world_size} ranks "
-                f"there are. Use one of {', '.join(map(str, legal))}."
             )
         if problems:
             raise UserError("\n".join(problems))

@@ -77,10 +77,10 @@ class Toys:
         return f"data.validation=[{{path: {self.data}-validation}}]"
 
 
-def make(folder: Path, attention: Any = ATTENTION, mlp: Any = MLP) -> Toys:
+def make(folder: Path, attention: Any = ATTENTION, mlp: Any = MLP, **sizes: int) -> Toys:
     """Write the model and the data."""
     model, data = folder / "model", folder / "data"
-    dense = tiny.dense_model()
+    dense = tiny.dense_model(**sizes)
     tiny.routed_model(dense, attention, mlp).save_pretrained(model)
     tiny.tokenizer().save_pretrained(model)
     (model / "additional_chat_templates").mkdir()
@@ -138,8 +138,8 @@ def opened(config: RunConfig) -> Iterator[tuple[Any, Callable[[], Step]]]:
             run.dataset,
             global_batch_size=config.train.global_batch_size,
             micro_batch_size=config.train.micro_batch_size,
-            rank=ranks.rank,
-            world_size=ranks.size,
+            rank=run.ranks.data_rank,
+            world_size=run.ranks.data_size,
         )
 
         def take() -> Step:

@@ -312,6 +312,11 @@ def check(model: PreTrainedModel, config: RunConfig, ranks: Ranks) -> None:
             f"parallel.replicate={parallel.replicate}: ZeRO divides among all ranks. Use 1, or "
             "engine=native."
         )
+    if parallel.tensor > 1:
+        problems.append(
+            f"parallel.tensor={parallel.tensor}: the tensor axis is the native engine's. Use "
+            "engine=native, or deepspeed.stage=3 where one rank cannot hold the model."
+        )
     if stage == 3 and parallel.expert > 1:
         problems.append(
             f"deepspeed.stage=3 with parallel.expert={parallel.expert}: DeepSpeed has no expert "

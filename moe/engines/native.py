@@ -1,6 +1,7 @@
 """The native engine: plain torch in one process, FSDP2 over several (gloo or NCCL)."""
 
 from collections.abc import Iterator
+from functools import partial
 from typing import Any
 
 import torch
@@ -11,12 +12,15 @@ from torch.distributed.tensor import DTensor, Shard
 from transformers import PreTrainedModel
 
 from moe.config import Parallel, RunConfig
+from moe.engines import tensor
 from moe.engines.base import Entry
 from moe.engines.parameters import adamw, check_experts, freeze, parameter_groups
 from moe.engines.recompute import recompute
+from moe.errors import problem, raise_all
 from moe.model.experts import RoutedMLP
 from moe.parallel.exchange import AllToAll
 from moe.parallel.norm import global_norm, scale_gradients
+from moe.parallel.tensor import whole_on
 from moe.parallel.world import Ranks
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
@@ -30,54 +34,76 @@ class NativeEngine:
     """
 
     def __init__(self, model: PreTrainedModel, config: RunConfig, ranks: Ranks) -> None:
-        self.ranks = ranks
-        self.model = model.to(ranks.device)  # type: ignore[arg-type]
+        self.ranks, self.model = ranks, model
         freeze(model, config.train.trainable)
         recompute(model, config.train.activation_checkpointing)
         if config.train.compile:
             for layer in model.model.layers:
                 layer.compile()
         self.dtype = DTYPES[config.train.dtype]
-        check_experts(model, config.parallel.expert, ranks.size)
+        self.mesh: DeviceMesh | None = None
+        self.partial: list[nn.Parameter] = []  # whole, with a part of the gradient on each rank
+        parallel = config.parallel
+        raise_all(
+            problem(check_experts, model, parallel.expert, ranks.size)
+            + problem(tensor.check, model, parallel, ranks.size)
+        )
         if ranks.size > 1 or self.dtype != torch.float32:
-            self._shard(config.parallel)
+            self._shard(parallel)
+        self.model.to(ranks.device)  # type: ignore[arg-type]
         trained = [(n, p) for n, p in self.model.named_parameters() if p.requires_grad]
         self.optimizer = adamw(parameter_groups(trained), config.optimizer)
 
     def _shard(self, parallel: Parallel) -> None:
-        mesh = self.ranks.mesh(parallel.replicate)
+        self.mesh = mesh = self.ranks.mesh(parallel.replicate, parallel.tensor)
         # inputs are left alone: loads and positions are float32 on purpose
         policy = MixedPrecisionPolicy(
             param_dtype=self.dtype,
             reduce_dtype=torch.promote_types(self.dtype, torch.float32),
             cast_forward_inputs=False,
         )
-        place: dict[str, Any] = {"mesh": mesh, "mp_policy": policy}
-        if parallel.expert > 1:
-            self._spread_experts(self.ranks.expert_mesh(parallel.expert), policy)
-        for layer in self.model.model.layers:
-            fully_shard(layer, **place)
-        fully_shard(self.model, **place)
+        place: dict[str, Any] = {"mesh": mesh["replicate", "shard"], "mp_policy": policy}
+        if parallel.expert > 1 or parallel.tensor > 1:
+            self._spread_experts(parallel, policy)
+        place["shard_placement_fn"] = partial(along, ranks=mesh.size(1))
+        parts: list[str] = []
+        if parallel.tensor > 1:
+            parts = tensor.split(self.model, mesh["tensor"], parallel)
+        for layer in self.model.model.layers:  # a device need not have room for all of it
+            fully_shard(layer.to(self.ranks.device), **place)
+        fully_shard(self.model.to(self.ranks.device), **place)  # type: ignore[arg-type]
         for module in self.model.modules():
             if isinstance(module, FSDPModule):
                 # the loss is divided by global tokens already; gloo can only sum
                 module.set_gradient_divide_factor(1.0)
                 module.set_force_sum_reduction_for_comms(True)
+        whole = dict(self.model.named_parameters())
+        self.partial = [whole[name] for name in parts]
 
-    def _spread_experts(self, mesh: DeviceMesh, policy: MixedPrecisionPolicy) -> None:
-        """Each rank of the mesh's expert axis holds some experts of every layer whole, cut along
-        their rows among the ranks that hold the same.
+    def _spread_experts(self, parallel: Parallel, policy: MixedPrecisionPolicy) -> None:
+        """Each rank of the expert axis holds some experts of every layer whole, cut along their
+        rows among the ranks that hold the same.
         """
+        mesh, device = self.ranks.expert_mesh(parallel.expert), self.ranks.device
         for module in self.model.modules():
-            if not isinstance(module, RoutedMLP):
+            if not isinstance(module, RoutedMLP) or tensor.owns(module, parallel):
                 continue
             experts = module.experts
+            if parallel.expert == 1:  # tokens stay, and ranks of a tensor axis share them out
+                place = partial(along, ranks=mesh.size(0))
+                fully_shard(
+                    experts.to(device),
+                    mesh=mesh["shard"],
+                    mp_policy=policy,
+                    shard_placement_fn=place,
+                )
+                continue
             group = mesh.get_group("expert")
             module.dispatcher = AllToAll(group, len(experts.gate_up_proj))
             for name, parameter in list(experts.named_parameters(recurse=False)):
                 mine = parameter.detach().chunk(mesh.size(1))[mesh.get_local_rank("expert")]
                 spread = DTensor.from_local(
-                    mine.clone(), mesh["expert"], [Shard(0)], run_check=False
+                    mine.clone().to(device), mesh["expert"], [Shard(0)], run_check=False
                 )
                 wanted = nn.Parameter(spread, requires_grad=parameter.requires_grad)
                 wanted.expert = True  # type: ignore[attr-defined]
@@ -91,9 +117,13 @@ class NativeEngine:
 
     def backward(self, loss: Tensor, last: bool) -> None:
         if isinstance(self.model, FSDPModule):
-            self.model.set_requires_gradient_sync(last)
+            # each micro-batch's gradient is cut up at once: whole ones would fill the memory
+            self.model.set_requires_all_reduce(last)
             self.model.set_is_last_backward(last)
         loss.backward()
+        if last and self.partial:
+            assert self.mesh is not None
+            tensor.add_parts(self.partial, self.mesh["tensor"])
 
     def _gradients(self) -> list[Tensor]:
         return [p.grad for p in self.model.parameters() if p.grad is not None]
@@ -112,15 +142,25 @@ class NativeEngine:
         self.model.train(mode)
 
     def state(self) -> Iterator[Entry]:
+        if isinstance(self.model, FSDPModule):
+            self.model.reshard()  # a forward pass alone leaves the root's in the run's dtype
         for name, parameter in self.model.named_parameters():
-            yield Entry(name, "parameter", parameter.detach())
+            yield Entry(name, "parameter", self._once(parameter.detach()))
         for name, buffer in self._buffers():
             yield Entry(name, "buffer", buffer)
         for name, parameter in self.model.named_parameters():
             moments = self.optimizer.state.get(parameter, {})
             if moments:
-                yield Entry(name, "exp_avg", moments["exp_avg"])
-                yield Entry(name, "exp_avg_sq", moments["exp_avg_sq"])
+                yield Entry(name, "exp_avg", self._once(moments["exp_avg"]))
+                yield Entry(name, "exp_avg_sq", self._once(moments["exp_avg_sq"]))
+
+    def _once(self, tensor: Tensor) -> Tensor:
+        """The same tensor, where each rank of a tensor axis has it, as one that is there once."""
+        if self.mesh is None or self.mesh.size(2) == 1 or not isinstance(tensor, DTensor):
+            return tensor
+        if tensor.device_mesh != self.mesh["replicate", "shard"]:
+            return tensor
+        return whole_on(self.mesh, tensor)
 
     def _buffers(self) -> Iterator[tuple[str, Tensor]]:
         kept = self.model.state_dict()
@@ -147,3 +187,13 @@ class NativeEngine:
     def updates(self, value: int) -> None:
         for state in self.optimizer.state.values():
             state["step"].fill_(value)
+
+
+def along(parameter: nn.Parameter, ranks: int) -> Shard:
+    """Along which dimension FSDP2 cuts a parameter among `ranks`: not what a tensor axis has cut
+    already, and not so that ranks get whole experts where there are not enough for all.
+    """
+    if isinstance(parameter, DTensor):
+        return Shard(1 if parameter.placements == (Shard(0),) else 0)
+    few = parameter.ndim == 3 and len(parameter) % ranks
+    return Shard(1 if few and parameter.shape[1] % ranks == 0 else 0)

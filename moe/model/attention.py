@@ -5,7 +5,7 @@ B batch, S sequence, N query heads, d head size, H hidden, T = B·S tokens.
 
 import copy
 from collections.abc import Callable
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
@@ -25,12 +25,54 @@ from moe.model.router import attention_router
 from moe.model.spec import AttentionSpec, BAMAttention, MoHAttention
 
 
+class HeadSplit(Protocol):
+    """How heads are divided. The model never sees ranks; an engine injects another than `Whole`,
+    whose projections q, k and v give local heads and whose `o_proj` adds up all of them.
+    """
+
+    parts: int
+
+    def enter(self, x: Tensor) -> Tensor:
+        """The input of the local heads."""
+
+    def take(self, whole: Tensor) -> Tensor:
+        """The local ones of the last dimension's heads, or attention experts."""
+
+    def leave(self, y: Tensor, *used: Tensor) -> Tensor:
+        """The sum over all heads from that of the local ones. Those `used` get a gradient even
+        where no local head read them.
+        """
+
+    def held(self, linear: nn.Module) -> tuple[Tensor, Tensor | None]:
+        """Weight and bias of a projection, as far as they are local."""
+
+
+class Whole:
+    """All heads are local."""
+
+    parts = 1
+
+    def enter(self, x: Tensor) -> Tensor:
+        return x
+
+    def take(self, whole: Tensor) -> Tensor:
+        return whole
+
+    def leave(self, y: Tensor, *used: Tensor) -> Tensor:
+        return y
+
+    def held(self, linear: nn.Module) -> tuple[Tensor, Tensor | None]:
+        return linear.weight, linear.bias  # type: ignore[return-value]
+
+
 class RoutedAttention(LlamaAttention):
     """Dense, MoH or BAM attention of the LLaMA, Mistral, Qwen2 and Qwen3 families.
 
     One attention call over the keys and values of every token, then a gate per head. BAM's experts
     are groups of heads of one wide attention: Σ_e g_e O_e A_e(x) = O (g ∘ A(x)).
     """
+
+    split: HeadSplit = Whole()
 
     def __init__(self, config: RoutedLlamaConfig, layer: int) -> None:
         spec = config.attention_spec(layer)
@@ -77,15 +119,17 @@ class RoutedAttention(LlamaAttention):
         `reach_BS`, where a mask can be said so, is how far back each query sees (`reach`).
         """
         batch, length, _ = x_BSH.shape
+        inner_BSH = self.split.enter(x_BSH)
         q_BSNd, k_BSGd, v_BSGd = (
-            projection(x_BSH).view(batch, length, -1, self.head_dim)
+            projection(inner_BSH).view(batch, length, -1, self.head_dim)
             for projection in (self.q_proj, self.k_proj, self.v_proj)
         )
         gate, load = None, None
         if self.router is not None:
             # before q_norm and RoPE: a normed query's length says nothing
-            query_TNd, x_TH = q_BSNd.flatten(0, 1), x_BSH.flatten(0, 1)
-            gate, load = self.router(x_TH, query_TNd, valid_T, reference_R)
+            query_TNd = q_BSNd.flatten(0, 1)
+            gate, load = self.router(x_BSH.flatten(0, 1), query_TNd, valid_T, reference_R)
+            gate = self.split.take(gate)
         if self.q_norm is not None and self.k_norm is not None:
             q_BSNd, k_BSGd = self.q_norm(q_BSNd), self.k_norm(k_BSGd)
         query, key, value = (t.transpose(1, 2) for t in (q_BSNd, k_BSGd, v_BSGd))
@@ -99,8 +143,7 @@ class RoutedAttention(LlamaAttention):
             # torch's own attention is the faster one over all heads, but not with a mask
             masked = attention_mask is not None and ops.attends_heads(query)
             if on_BSN is not None or masked:
-                given = query, key, value, reach_BS, gate_BSN, on_BSN, most
-                heads_BSNd = self._attend_gated(*given)
+                heads_BSNd = self._attend_gated(query, key, value, reach_BS, gate_BSN, on_BSN, most)
                 return self.o_proj(heads_BSNd.reshape(batch, length, -1)), None, load
         attend: Callable = ALL_ATTENTION_FUNCTIONS.get_interface(
             self.config._attn_implementation, eager_attention_forward
@@ -122,7 +165,8 @@ class RoutedAttention(LlamaAttention):
 
     def _heads_on(self, gate_BSN: Tensor, query: Tensor) -> tuple[Tensor | None, int | None]:
         """Which heads to compute and how many at most; None where leaving some out does not pay."""
-        batch, length, heads = gate_BSN.shape
+        batch, length, local = gate_BSN.shape
+        heads = local * self.split.parts
         asks = self.learns_from_heads_that_are_off and gate_BSN.requires_grad
         if length == 1 and ops.attends_heads(query) and not torch.is_grad_enabled():
             # what takes time is reading keys and values, so any head less pays
@@ -132,7 +176,7 @@ class RoutedAttention(LlamaAttention):
             pays = self.heads_on <= share * heads
         if asks or not pays:
             return None, None
-        return gate_BSN.detach() != 0, batch * length * self.heads_on
+        return gate_BSN.detach() != 0, batch * length * min(self.heads_on, local)
 
     def _attend_gated(
         self,

@@ -43,7 +43,7 @@ class Experts(nn.Module):
     ) -> Tensor:
         # an engine may have spread experts over ranks: these are the ones that live here
         w1_EDH, w2_EHI = (
-            p.to_local() if hasattr(p, "to_local") else p
+            p.to_local() if hasattr(type(p), "to_local") else p  # type: ignore[attr-defined]
             for p in (self.gate_up_proj, self.down_proj)
         )
         given = x_TH, w1_EDH, w2_EHI, indices_TK, weights_TK, plan

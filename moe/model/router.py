@@ -80,7 +80,8 @@ class NormRouter(nn.Module):
         """Gate [T, N] of 0s, 1s (and routed_scale), from queries before RoPE and before q_norm."""
         spec = self.spec
         unit_TUd = widen(query_TNd).unflatten(1, (-1, self.group_size)).flatten(2)
-        norm_TR = self.units.take_routed(torch.linalg.vector_norm(unit_TUd, dim=-1))
+        norm_TU = self.gather(torch.linalg.vector_norm(unit_TUd, dim=-1))
+        norm_TR = self.units.take_routed(norm_TU)
         probability_TR = torch.softmax(standardise(norm_TR, spec), dim=-1)
         indices_TK = ops.select_top_k(probability_TR.detach(), spec.top_k)
         mask_TR = torch.zeros_like(probability_TR).scatter_(-1, indices_TK, 1.0)
@@ -93,6 +94,10 @@ class NormRouter(nn.Module):
         reference_R = reference_R if spec.balance_scope == "global" else None
         load = measure(probability_TR, indices_TK, valid_T, spec.balance_norm, reference_R)
         return gate_TU.repeat_interleave(self.group_size, dim=1), load
+
+    def gather(self, norm_TU: Tensor) -> Tensor:
+        """Norms of all units from those of the local ones: an engine may have split the heads."""
+        return norm_TU
 
 
 def standardise(norm_TR: Tensor, spec: MoHAttention) -> Tensor:

@@ -55,10 +55,11 @@ class UnionAttention(RoutedAttention):
         sinks_T = (places_BS < self.spec.sink_tokens).expand(batch, length).reshape(-1)
         choice = self.router(x_BSH, valid_T, reference_R, forced_T=sinks_T)
         mask_TE = choice.mask_TE if valid_T is None else choice.mask_TE & valid_T[:, None]
-        mask_BSE = mask_TE.view(batch, length, -1)
-        weights_BSE = choice.weights_TE.view(batch, length, -1)
+        mask_BSE = self.split.take(mask_TE.view(batch, length, -1))
+        weights_BSE = self.split.take(choice.weights_TE.view(batch, length, -1))
         if attention_mask is not None and attention_mask.ndim != 4:
             attention_mask = None  # flash attention's: padding, which is never selected
+        x_BSH = self.split.enter(x_BSH)
         given = x_BSH, mask_BSE, weights_BSE, position_embeddings, attention_mask, cache
         if ops.forced_backend() == "naive":
             return self._masked(*given), None, choice.load
@@ -122,13 +123,16 @@ class UnionAttention(RoutedAttention):
                 "keeps those that were selected: use a dynamic cache, transformers' default."
             )
         batch, length, hidden = x_BSH.shape
+        experts = mask_BSE.shape[-1]
         layer = RaggedLayer() if cache is None else ragged(cache, self.layer_idx)
         cos_BSd, sin_BSd = (t.expand(batch, length, -1) for t in position_embeddings)
-        parts = [_split(p, self.spec.num_experts) for p in (self.q_proj, self.k_proj, self.v_proj)]
-        columns = self.o_proj.weight.view(hidden, self.spec.num_experts, -1).unbind(1)
+        held = [self.split.held(p) for p in (self.q_proj, self.k_proj, self.v_proj)]
+        weight, bias = self.split.held(self.o_proj)
+        parts = [_split(*pair, experts) for pair in held]
+        columns = weight.view(hidden, experts, -1).unbind(1)
         wide = torch.promote_types(x_BSH.dtype, torch.float32)
         y_TH = x_BSH.new_zeros(batch * length, hidden, dtype=wide)
-        for expert in range(self.spec.num_experts):
+        for expert in range(experts):
             batch_P, step_P = mask_BSE[..., expert].nonzero(as_tuple=True)
             if not len(batch_P):
                 continue
@@ -154,8 +158,11 @@ class UnionAttention(RoutedAttention):
             out_PH = F.linear(heads_PNd.flatten(1), columns[expert])
             y_TH = y_TH.index_add(0, batch_P * length + step_P, out_PH.to(wide))
         layer.seen += length
+        used = [t for pair in held for t in pair if t is not None]
+        used += [p for norm in (self.q_norm, self.k_norm) if norm for p in norm.parameters()]
         y_BSH = y_TH.to(x_BSH.dtype).view_as(x_BSH)
-        return y_BSH if self.o_proj.bias is None else y_BSH + self.o_proj.bias
+        y_BSH = self.split.leave(y_BSH, x_BSH, weights_BSE, weight, *used)
+        return y_BSH if bias is None else y_BSH + bias
 
     def _attend(
         self,
@@ -243,9 +250,8 @@ class UnionAttention(RoutedAttention):
         return float(self.attention_dropout or 0.0) if self.training else 0.0
 
 
-def _split(projection: torch.nn.Linear, parts: int) -> tuple[Any, Any]:
+def _split(weight: Tensor, bias: Tensor | None, parts: int) -> tuple[Any, Any]:
     """A projection's rows per expert: weights, and biases or None."""
-    weight, bias = projection.weight, projection.bias
     return (
         weight.view(parts, -1, weight.shape[1]).unbind(0),
         None if bias is None else bias.view(parts, -1).unbind(0),

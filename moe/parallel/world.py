@@ -8,7 +8,7 @@ import contextlib
 import os
 import re
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from datetime import timedelta
 from typing import Any
 
@@ -24,14 +24,33 @@ LOST = re.compile(r"gloo|NCCL|[Cc]onnection (closed|reset|refused)|[Tt]imed? ?ou
 
 @dataclass(frozen=True, slots=True)
 class Ranks:
-    """This process among its peers."""
+    """This process among its peers.
+
+    `tensor` neighbours each see the same batch: what depends on a batch goes by `data_rank`.
+    """
 
     rank: int
     size: int
     device: torch.device
+    tensor: int = 1
+
+    def split(self, tensor: int) -> "Ranks":
+        """The same ranks, `tensor` neighbours sharing a batch."""
+        return replace(self, tensor=tensor)
+
+    @property
+    def data_rank(self) -> int:
+        """Which share of each global batch is ours."""
+        return self.rank // self.tensor
+
+    @property
+    def data_size(self) -> int:
+        return self.size // self.tensor
 
     def sum(self, tensor: Tensor) -> Tensor:
-        """Sum over all ranks, in place."""
+        """Sum over all batches, in place: of ranks that share one, the first counts."""
+        if self.rank % self.tensor:
+            tensor.zero_()
         if self.size > 1:
             distributed.all_reduce(tensor)
         return tensor
@@ -48,10 +67,13 @@ class Ranks:
         if self.size > 1:
             distributed.barrier()
 
-    def mesh(self, replicate: int) -> DeviceMesh:
-        """Ranks as [replicate, shard]: copies of the model, and the ranks that share one."""
-        shape = (replicate, self.size // replicate)
-        return init_device_mesh(self.device.type, shape, mesh_dim_names=("replicate", "shard"))
+    def mesh(self, replicate: int, tensor: int = 1) -> DeviceMesh:
+        """Ranks as [replicate, shard, tensor]: copies of the model, ranks that share one, and those
+        that compute a part of each layer. The last talk most, so they are neighbours.
+        """
+        shape = (replicate, self.size // replicate // tensor, tensor)
+        names = ("replicate", "shard", "tensor")
+        return init_device_mesh(self.device.type, shape, mesh_dim_names=names)
 
     def expert_mesh(self, expert: int) -> DeviceMesh:
         """Ranks as [shard, expert]: those that hold the same experts, and those that share a set.

@@ -10,7 +10,6 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.nn import functional as F
 
 from moe import engines
 from moe.checkpoint import store
@@ -26,6 +25,7 @@ from moe.model.accounting import flops_per_token
 from moe.model.losses import update_selection_bias
 from moe.model.spec import DenseMLP
 from moe.model.union import UnionRouter
+from moe.parallel.loss import cross_entropy
 from moe.parallel.world import Ranks, world
 from moe.progress import quiet_libraries
 from moe.train.configurations import check_same, differences
@@ -91,7 +91,8 @@ class Run:
     """One training run on one rank."""
 
     def __init__(self, config: RunConfig, ranks: Ranks) -> None:
-        self.config, self.ranks = config, ranks
+        self.config, self.ranks = config, ranks.split(config.parallel.tensor)
+        ranks = self.ranks
         torch.manual_seed(config.seed + ranks.rank)  # dropout differs by rank, nothing else draws
         if config.train.resume == "never" and store.latest(config.out) is not None:
             raise UserError(
@@ -146,8 +147,8 @@ class Run:
             self.dataset,
             global_batch_size=config.train.global_batch_size,
             micro_batch_size=config.train.micro_batch_size,
-            rank=self.ranks.rank,
-            world_size=self.ranks.size,
+            rank=self.ranks.data_rank,
+            world_size=self.ranks.data_size,
             consumed_samples=self.step * config.train.global_batch_size,
         )
         mark = time.monotonic(), self.step
@@ -247,7 +248,7 @@ class Run:
             router.use(router.spec.top_k)
         size = self.config.train.micro_batch_size
         limit = self.config.eval.sequences
-        place = {"rank": self.ranks.rank, "world_size": self.ranks.size}
+        place = {"rank": self.ranks.data_rank, "world_size": self.ranks.data_size}
         sums = torch.zeros(2, device=self.ranks.device)
         for batch in validation_batches(self.validation, size, limit=limit, **place):
             batch = {k: v.to(self.ranks.device) for k, v in batch.items()}
@@ -358,10 +359,7 @@ class Run:
 
 def token_losses(logits: Tensor, batch: dict[str, Tensor]) -> Tensor:
     """Cross entropy of every label in float32, 0 where it does not count: [B·S]."""
-    losses = F.cross_entropy(
-        logits.flatten(0, 1).float(), batch["labels"].flatten(), reduction="none"
-    )
-    return losses * batch["loss_mask"].flatten()
+    return cross_entropy(logits, batch["labels"]) * batch["loss_mask"].flatten()
 
 
 def _plain(reference: list[LayerLoad] | None) -> list[list[list[float] | None]] | None:

@@ -81,6 +81,7 @@ def test_all_that_is_wrong_with_an_overlay_is_said_at_once(tmp_path):
 
 @pytest.mark.parametrize(("sections", "message"), [
     ({"parallel": {"expert": 2}, "deepspeed": {"stage": 3}}, "no expert parallelism with divided"),
+    ({"parallel": {"tensor": 2}}, "parallel.tensor=2: the tensor axis is the native engine's"),
     ({"parallel": {"replicate": 2}}, "parallel.replicate=2: ZeRO divides"),
     ({"deepspeed": {"stage": 0}}, "small updates are lost"),
     ({"deepspeed": {"stage": 3}, "train": {"compile": True}}, "train.compile with deepspeed.stage"),

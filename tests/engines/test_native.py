@@ -194,6 +194,17 @@ def test_bfloat16_computes_narrow_and_keeps_wide(ranks) -> None:
     assert toy_run.differing(tensors(engine, "parameter"), before) == sorted(before)
 
 
+def test_the_state_after_a_validation_is_in_float32(ranks) -> None:
+    """A forward pass without a backward one leaves FSDP2's root parameters as it computed."""
+    engine = engine_of(ranks, train={"dtype": "bfloat16"})
+    before = tensors(engine, "parameter")
+    with torch.no_grad():
+        loss_of(engine)
+        name, narrow = next(iter(engine.model.named_parameters()))
+        assert narrow.dtype == torch.bfloat16, "else there is nothing to undo"
+        assert not toy_run.differing(tensors(engine, "parameter"), before), name
+
+
 def test_bfloat16_gradients_are_accumulated_in_float32(ranks) -> None:
     engine = engine_of(ranks, train={"dtype": "bfloat16"})
     engine.backward(loss_of(engine), True)
