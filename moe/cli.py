@@ -32,6 +32,7 @@ COMMANDS = {
     ),
     "upcycle": ("moe.upcycle.command", "Turn a dense checkpoint into a mixture and prove it."),
     "data": ("moe.data.command", "Tokenise text into the files that training reads."),
+    "plan": ("moe.plan.command", "What a training run takes on N ranks, without having them."),
     "train": ("moe.train.command", "Continue-train a model; under torchrun: -m moe.train."),
     "export": (
         "moe.hf.export_command",

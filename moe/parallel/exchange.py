@@ -46,18 +46,17 @@ class AllToAll:
         plan: ops.Plan | None = None,
         meanwhile: Callable[[], Tensor] | None = None,
     ) -> Tensor:
-        packed = ops.pack(x_TH, indices_TK, weights_TK, self.experts, self.size)
+        packed = self.pack(x_TH, indices_TK, weights_TK)
         send_W = packed.offset_W1.diff()
         receive_W = torch.empty_like(send_W)
         distributed.all_to_all_single(receive_W, send_W, group=self.group)
-        send, receive = torch.stack([send_W, receive_W]).tolist()
+        send, receive = self.counts(torch.stack([send_W, receive_W]), packed)
         count, bound = sum(send), len(packed.rows_NH)
         there = send, receive, self.group
         # functions even without gradient: every rank must take part in the backward pass
         rows: Tensor = _Exchange.apply(packed.rows_NH[:count], *there)  # type: ignore[assignment]
         which = packed.indices_NK[:count], packed.weights_NK[:count]
-        # a row's index is small: a byte of it travels, as a rule
-        kind = torch.uint8 if self.experts // self.size < 256 else torch.int16
+        kind = label_type(self.experts // self.size)
         indices, weights = _Labels.apply(*which, kind, *there)
         self._count(count - send[self.rank], packed, kind)
         journey = _Journey(self, receive, send)
@@ -68,6 +67,14 @@ class AllToAll:
         rest = back.new_zeros(bound - count, back.shape[1])
         y_TH = ops.unpack(torch.cat([back, rest]), packed)
         return y_TH if beside is None else y_TH + beside
+
+    def pack(self, x_TH: Tensor, indices_TK: Tensor, weights_TK: Tensor) -> ops.Packed:
+        return ops.pack(x_TH, indices_TK, weights_TK, self.experts, self.size)
+
+    def counts(self, rows_2W: Tensor, packed: ops.Packed) -> tuple[list[int], list[int]]:
+        """Rows to each rank and from each, on the host."""
+        send, receive = rows_2W.tolist()
+        return send, receive
 
     def _count(self, remote: int, packed: ops.Packed, kind: torch.dtype) -> None:
         rows_NH, weights_NK = packed.rows_NH, packed.weights_NK
@@ -187,3 +194,22 @@ def _swap(rows: Tensor, send: list[int], receive: list[int], group: ProcessGroup
     out = rows.new_empty(sum(receive), *rows.shape[1:])
     distributed.all_to_all_single(out, rows.contiguous(), receive, send, group=group)
     return out
+
+
+def buffer_bytes(packed: ops.Packed, experts: int, sent: int, received: int) -> int:
+    """What one exchange of a layer with `experts` a rank allocates on its way to them and back, for
+    so many rows: `packed`; labels as they travel, and what they are made of; rows and labels that
+    arrive, apart again, indices as numbers too; what comes back, and the same filled up. Most of it
+    is gone when the layer is done.
+    """
+    bound, hidden = packed.rows_NH.shape
+    row, weights = hidden * packed.rows_NH.element_size(), packed.weights_NK[:1].nbytes
+    small = packed.indices_NK.shape[1] * label_type(experts).itemsize
+    here = sum(t.nbytes for t in packed) + sent * (small + weights + small)
+    arrived = received * (row + 2 * (weights + small) + packed.indices_NK[:1].nbytes)
+    return here + arrived + 2 * bound * row
+
+
+def label_type(experts: int) -> torch.dtype:
+    """Of an index among a rank's experts, or none of them, on its way: a byte as a rule."""
+    return torch.uint8 if experts < 256 else torch.int16

@@ -1,0 +1,1 @@
+"""What a training run would take, before anything is there to run it on: `moe plan`."""
