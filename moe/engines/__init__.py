@@ -40,6 +40,7 @@ def footprint(
     `forward` takes one micro-batch through an engine, to its loss. An engine that does not run on
     imagined tensors has a function of its own here.
     """
-    from moe.engines import imagine
+    from moe.engines import deepspeed_footprint, imagine
 
-    return {"native": imagine.footprint}[config.engine](config, model_config, rank, size, forward)
+    one = {"native": imagine.footprint, "deepspeed": deepspeed_footprint.footprint}
+    return one[config.engine](config, model_config, rank, size, forward)

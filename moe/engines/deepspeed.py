@@ -18,10 +18,10 @@ from transformers import PreTrainedModel
 
 from moe.config import RunConfig
 from moe.engines.base import Entry, Kind
-from moe.engines.deepspeed_json import generate
-from moe.engines.parameters import adamw, check_experts, freeze, parameter_groups
+from moe.engines.deepspeed_json import check, generate
+from moe.engines.parameters import adamw, freeze, parameter_groups
 from moe.engines.recompute import recompute
-from moe.errors import UserError, problem, raise_all
+from moe.errors import UserError
 from moe.model.experts import Experts, RoutedMLP
 from moe.model.union_attention import UnionAttention
 from moe.parallel.exchange import AllToAll
@@ -67,7 +67,7 @@ class DeepSpeedEngine:
     def __init__(self, model: PreTrainedModel, config: RunConfig, ranks: Ranks) -> None:
         self.ranks, self.stage = ranks, config.deepspeed.stage
         self.offloads = config.deepspeed.offload != "none"
-        check(model, config, ranks)
+        check(model, config, ranks.size)
         freeze(model, config.train.trainable)
         recompute(model, config.train.activation_checkpointing)
         if config.train.compile:
@@ -301,43 +301,3 @@ class Held:
 def is_expert(parameter: nn.Parameter) -> bool:
     """Whether ranks hold different values of it."""
     return not getattr(parameter, "allreduce", True)
-
-
-def check(model: PreTrainedModel, config: RunConfig, ranks: Ranks) -> None:
-    """Raise UserError for what DeepSpeed cannot do, or does wrong."""
-    problems = problem(check_experts, model, config.parallel.expert, ranks.size)
-    stage, parallel, train = config.deepspeed.stage, config.parallel, config.train
-    if parallel.replicate > 1:
-        problems.append(
-            f"parallel.replicate={parallel.replicate}: ZeRO divides among all ranks. Use 1, or "
-            "engine=native."
-        )
-    if parallel.tensor > 1:
-        problems.append(
-            f"parallel.tensor={parallel.tensor}: the tensor axis is the native engine's. Use "
-            "engine=native, or deepspeed.stage=3 where one rank cannot hold the model."
-        )
-    if stage == 3 and parallel.expert > 1:
-        problems.append(
-            f"deepspeed.stage=3 with parallel.expert={parallel.expert}: DeepSpeed has no expert "
-            "parallelism with divided weights. Use stage 1 or 2, or parallel.expert=1, which "
-            "divides experts like all other weights."
-        )
-    if stage == 0 and train.dtype != "float32":
-        problems.append(
-            "deepspeed.stage=0 in bfloat16: DeepSpeed keeps no float32 weights then, and small "
-            "updates are lost. Use stage 1, or train.dtype=float32."
-        )
-    if stage == 3 and train.compile:
-        problems.append(
-            "train.compile with deepspeed.stage=3: torch compiles DeepSpeed's hooks too, again and "
-            "again. Use stage 2, or train.compile=false."
-        )
-    if config.deepspeed.offload != "none" and stage == 0:
-        problems.append("deepspeed.offload needs deepspeed.stage 1, 2 or 3.")
-    if config.deepspeed.offload == "parameters" and stage < 3:
-        problems.append(
-            f"deepspeed.offload=parameters with stage={stage}: only stage 3 divides weights. Use "
-            "stage 3, or offload=optimizer."
-        )
-    raise_all(problems)

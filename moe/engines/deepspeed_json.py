@@ -1,4 +1,5 @@
-"""The JSON that DeepSpeed is given: generated from the run's configuration, never asked for.
+"""What DeepSpeed is asked for: a JSON, generated from the run's configuration, and nothing that it
+does wrong.
 
 A user's own JSON is laid over it, where it says what no section of ours says.
 """
@@ -8,8 +9,11 @@ import json
 from pathlib import Path
 from typing import Any
 
+from torch import nn
+
 from moe.config import RunConfig
-from moe.errors import UserError, raise_all
+from moe.engines.parameters import check_experts
+from moe.errors import UserError, problem, raise_all
 
 # keys that a section of the configuration decides, and which
 OWNED = {
@@ -139,3 +143,43 @@ def _refusal(place: str, value: Any, allowed: list[str]) -> list[str]:
     close = difflib.get_close_matches(key, allowed, n=1)
     hint = f"Did you mean {close[0]}?" if close else f"Possible: {', '.join(allowed)}."
     return [f"{place} is unknown or has no place in a run of this trainer. {hint}"]
+
+
+def check(model: nn.Module, config: RunConfig, size: int) -> None:
+    """Raise UserError for what DeepSpeed cannot do on `size` ranks, or does wrong."""
+    problems = problem(check_experts, model, config.parallel.expert, size)
+    stage, parallel, train = config.deepspeed.stage, config.parallel, config.train
+    if parallel.replicate > 1:
+        problems.append(
+            f"parallel.replicate={parallel.replicate}: ZeRO divides among all ranks. Use 1, or "
+            "engine=native."
+        )
+    if parallel.tensor > 1:
+        problems.append(
+            f"parallel.tensor={parallel.tensor}: the tensor axis is the native engine's. Use "
+            "engine=native, or deepspeed.stage=3 where one rank cannot hold the model."
+        )
+    if stage == 3 and parallel.expert > 1:
+        problems.append(
+            f"deepspeed.stage=3 with parallel.expert={parallel.expert}: DeepSpeed has no expert "
+            "parallelism with divided weights. Use stage 1 or 2, or parallel.expert=1, which "
+            "divides experts like all other weights."
+        )
+    if stage == 0 and train.dtype != "float32":
+        problems.append(
+            "deepspeed.stage=0 in bfloat16: DeepSpeed keeps no float32 weights then, and small "
+            "updates are lost. Use stage 1, or train.dtype=float32."
+        )
+    if stage == 3 and train.compile:
+        problems.append(
+            "train.compile with deepspeed.stage=3: torch compiles DeepSpeed's hooks too, again and "
+            "again. Use stage 2, or train.compile=false."
+        )
+    if config.deepspeed.offload != "none" and stage == 0:
+        problems.append("deepspeed.offload needs deepspeed.stage 1, 2 or 3.")
+    if config.deepspeed.offload == "parameters" and stage < 3:
+        problems.append(
+            f"deepspeed.offload=parameters with stage={stage}: only stage 3 divides weights. Use "
+            "stage 3, or offload=optimizer."
+        )
+    raise_all(problems)

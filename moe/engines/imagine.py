@@ -21,6 +21,7 @@ from torch.utils._pytree import tree_leaves
 
 from moe.config import RunConfig
 from moe.engines import Engine, build, tensor
+from moe.engines.deepspeed_json import check as check_deepspeed
 from moe.engines.measure import Footprint, measure
 from moe.engines.parameters import check_experts
 from moe.errors import UserError, problem
@@ -110,6 +111,8 @@ def footprint(
 
 def refusals(config: RunConfig, model: nn.Module, size: int) -> list[str]:
     """Why `size` ranks cannot run this configuration of a model, or of its blueprint."""
+    if config.engine == "deepspeed":
+        return [*problem(config.check_world, size), *problem(check_deepspeed, model, config, size)]
     return [
         *problem(config.check_world, size),
         *problem(check_experts, model, config.parallel.expert, size),

@@ -52,6 +52,7 @@ class Footprint:
     peak: int  # the most of all of this, and of what comes and goes, that there is at once
     first: Counter[Collective] = field(repr=False)  # of a micro-batch that is not the step's last
     last: Counter[Collective] = field(repr=False)  # and of the last
+    host: int = 0  # in the host's memory, where an engine offloads to it
 
 
 def local(tensor: Tensor) -> Tensor:

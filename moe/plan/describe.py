@@ -96,9 +96,13 @@ def _bytes(found: dict[str, Any]) -> list[str]:
     lines += [
         f"  {'peak':<18} {size(held['peak']):>13} {'':>11}   the most at once, with gathered "
         "weights and what comes and goes",
-        f"  {'start':<18} {size(held['start']):>13} {'':>11}   the whole model, before it is "
-        "divided",
     ]
+    if held["start"]:
+        lines.append(f"  {'start':<18} {size(held['start']):>13} {'':>11}   the whole model, "
+                     "before it is divided")  # fmt: skip
+    if held["host"]:
+        lines.append(f"  {'host':<18} {size(held['host']):>13} {'':>11}   offloaded to the host's "
+                     "memory")  # fmt: skip
     if found["memory"] is not None:
         need = max(held["peak"], held["start"])
         what = "peak" if need == held["peak"] else "start"

@@ -44,7 +44,7 @@ def plan(
     micro_batches = config.train.global_batch_size // per_pass
     total, active = parameter_counts(model_config)
     found = footprint(config, model_config, size)
-    start = storage_bytes([*model.parameters(), *model.buffers()])
+    start = _start(config, model)
     need = max(found.peak, start)
     worlds = []
     for ranks in sorted({size, *WORLDS}):
@@ -58,7 +58,7 @@ def plan(
         "micro_batches": micro_batches,
         "tokens_per_step": config.train.global_batch_size * config.data.sequence_length,
         "meshes": legal_meshes(config, model, size),
-        "bytes": _bytes(found) | {"start": start},
+        "bytes": _bytes(found) | {"start": start, "host": found.host},
         "memory": memory,
         "fits": None if memory is None else need <= memory,
         "visits": _visits(model_config, config.parallel.expert),
@@ -66,6 +66,16 @@ def plan(
         "worlds": worlds,
         "assumptions": asdict(machine) | asdict(network),
     }
+
+
+def _start(config: RunConfig, model: nn.Module) -> int:
+    """Bytes that the device holds before anything is divided. The native engine brings a model to
+    it layer by layer, and divides each at once; DeepSpeed all of it, in the run's dtype.
+    """
+    if config.engine == "native":
+        return 0
+    whole = storage_bytes(model.parameters())
+    return whole // 2 if config.train.dtype == "bfloat16" else whole
 
 
 def _mesh(config: RunConfig, size: int) -> dict[str, int]:

@@ -4,16 +4,12 @@ import json
 
 import pytest
 import tiny
-import torch
 from conformance import Case, take_steps
 from harness import RankFailed, run_ranks
 
 from moe.config import RunConfig, parse
-from moe.engines import deepspeed, deepspeed_json
+from moe.engines import deepspeed_json
 from moe.errors import UserError
-from moe.parallel.world import Ranks
-
-CPU = torch.device("cpu")
 
 
 def settings(**sections) -> RunConfig:
@@ -92,9 +88,9 @@ def test_all_that_is_wrong_with_an_overlay_is_said_at_once(tmp_path):
 def test_what_deepspeed_gets_wrong_is_refused(sections, message):
     model = tiny.routed_model(tiny.dense_model(), None, tiny.MOE)
     with pytest.raises(UserError) as refusal:
-        deepspeed.check(model, settings(**sections), Ranks(0, 4, CPU))
+        deepspeed_json.check(model, settings(**sections), 4)
     assert message in str(refusal.value)
-    deepspeed.check(model, settings(parallel={"expert": 2}), Ranks(0, 4, CPU))  # that is fine
+    deepspeed_json.check(model, settings(parallel={"expert": 2}), 4)  # that is fine
 
 
 def broken_overlay(path) -> None:

@@ -171,6 +171,25 @@ def test_a_large_model_on_many_ranks_takes_no_memory(tmp_path):
     ]
     done = subprocess.run(command, check=True, capture_output=True, text=True)
     held = json.loads(done.stdout)["bytes"]
-    assert 180e9 < held["start"] < 195e9
-    assert held["weights"]["total"] == pytest.approx(held["start"] / 1024, rel=0.02)
+    assert held["start"] == 0  # divided layer by layer
+    assert held["weights"]["total"] == pytest.approx(187e9 / 1024, rel=0.02)
     assert int(done.stderr.split()[-1]) < 4e6
+
+
+def test_deepspeed_is_planned_by_its_stages(settings):
+    def planned(*overrides: str) -> dict:
+        result = moe("plan", settings, "--world", 4, "--json", "engine=deepspeed", *overrides)
+        assert result.code == 0, result.err
+        return json.loads(result.out)["bytes"]
+
+    one, two = planned("deepspeed.stage=1"), planned("deepspeed.stage=2")
+    three = planned("deepspeed.stage=3", "parallel.expert=1")
+    assert one["moments"] == two["moments"]
+    assert two["gradients"]["total"] < one["gradients"]["total"]
+    away = planned("deepspeed.stage=2", "deepspeed.offload=optimizer")
+    assert away["moments"]["total"] == 0 and away["host"] > two["moments"]["total"]
+    assert three["start"] > 0 and one["activations"] == two["activations"]
+    refused = moe("plan", settings, "--world", 4, "engine=deepspeed", "deepspeed.stage=3")
+    assert refused.code == 2 and "no expert parallelism with divided weights" in refused.err
+    text = moe("plan", settings, "--world", 4, "engine=deepspeed", "deepspeed.offload=optimizer")
+    assert "offloaded to the host" in text.out, text.err
