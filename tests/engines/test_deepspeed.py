@@ -1,6 +1,7 @@
 """What DeepSpeed is told, and what it is not asked to do."""
 
 import json
+from pathlib import Path
 
 import pytest
 import tiny
@@ -65,6 +66,13 @@ def test_an_overlay_that_says_what_we_say_is_refused(tmp_path, text, message):
     with pytest.raises(UserError) as refusal:
         overlaid(tmp_path, text)
     assert message in str(refusal.value)
+
+
+def test_shipped_overlays_are_accepted():
+    shipped = sorted((Path(__file__).parents[2] / "configs/deepspeed").glob("*.json"))
+    assert shipped
+    for path in shipped:
+        assert deepspeed_json.read(path) == json.loads(path.read_text())
 
 
 def test_all_that_is_wrong_with_an_overlay_is_said_at_once(tmp_path):
