@@ -54,7 +54,8 @@ class Case:
     @property
     def reference(self) -> "Case":
         """The same on one process."""
-        return Case(self.model, distribution=self.distribution, width=self.width)
+        trained = {k: v for k, v in self.options.items() if k == "trainable"}
+        return Case(self.model, distribution=self.distribution, width=self.width, options=trained)
 
     def __str__(self) -> str:
         zero = f"-zero{self.stage}" if self.engine == "deepspeed" else ""

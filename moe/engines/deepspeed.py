@@ -57,8 +57,7 @@ class SpreadExperts(Experts, MoE):
             parameter.group_name = self.expert_group_name  # type: ignore[attr-defined]
 
     def set_deepspeed_parallelism(self, use_data_before_expert_parallel_: bool = False) -> None:
-        if self.expert_group_name not in groups._get_expert_parallel_group_dict():
-            groups._create_expert_and_data_parallel(self.ep_size)
+        """Its groups are there already."""
 
 
 class DeepSpeedEngine:
@@ -86,7 +85,7 @@ class DeepSpeedEngine:
         }
         self.optimizer = self._optimizer(config)
         settings = generate(config, ranks.size, ranks.device.type)
-        self.engine = self._initialize(settings)
+        self.engine = self._initialize(settings, config.deepspeed.overlay is not None)
         self.has_moments = False
 
     def _spread_experts(self) -> None:
@@ -99,8 +98,12 @@ class DeepSpeedEngine:
                     mine = parameter.detach().chunk(expert)[self.mesh.get_local_rank("expert")]
                     kept = nn.Parameter(mine.clone(), requires_grad=parameter.requires_grad)
                     setattr(module.experts, name, kept)
-                module.experts.__class__ = SpreadExperts
                 SpreadExperts.spread(cast(SpreadExperts, module.experts), expert)
+        trained = [p for p in self.model.parameters() if is_expert(p) and p.requires_grad]
+        for module in self.model.modules():
+            # where all are frozen DeepSpeed has nothing to see to, and says that it misses it
+            if isinstance(module, RoutedMLP) and trained:
+                module.experts.__class__ = SpreadExperts
 
     def _optimizer(self, config: RunConfig) -> torch.optim.AdamW:
         named = [(n, p) for n, p in self.model.named_parameters() if p.requires_grad]
@@ -109,23 +112,32 @@ class DeepSpeedEngine:
             apart = split_params_into_different_moe_groups_for_optimizer(apart)
         return adamw([g for g in apart if g["params"]], config.optimizer)
 
-    def _initialize(self, settings: dict[str, Any]) -> Any:
+    def _initialize(self, settings: dict[str, Any], overlaid: bool) -> Any:
         logging.getLogger("DeepSpeed").setLevel(logging.WARNING)
         # an operation for inference, which it would compile at every first start
         deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
-        if self.stage == 3:  # what reads the weights of modules inside it gathers them together
-            leaves = [UnionAttention, RoutedMLP]
-            here = [c for c in leaves if any(isinstance(m, c) for m in self.model.modules())]
-            if here:
-                deepspeed.utils.set_z3_leaf_modules(self.model, here)
+        for module in self.model.modules():
+            if self.stage == 3 and isinstance(module, UnionAttention):
+                # it reads the weights of the modules inside it, without calling them
+                for inner in (module.q_proj, module.k_proj, module.v_proj, module.o_proj):
+                    for parameter in inner.parameters():
+                        deepspeed.zero.register_external_parameter(module, parameter)
         deepspeed.init_distributed(auto_mpi_discovery=False, verbose=False)
+        if self.mesh.size(1) > 1:
+            groups._create_expert_and_data_parallel(self.mesh.size(1))
         given = {"model": self.model, "optimizer": self.optimizer, "config": settings}
         try:
             return deepspeed.initialize(**given, dist_init_required=False)[0]
-        except ValidationError as error:
-            lines = (f"{'.'.join(map(str, e['loc']))}: {e['msg']}" for e in error.errors())
+        except (AssertionError, AttributeError, TypeError, ValueError) as error:
+            if not overlaid:
+                raise
+            said = " ".join(str(error).split())
+            if isinstance(error, ValidationError):
+                said = "; ".join(
+                    f"{'.'.join(map(str, e['loc']))}: {e['msg']}" for e in error.errors()
+                )
             raise UserError(
-                f"DeepSpeed refuses its settings: {'; '.join(lines)}. Correct deepspeed.overlay."
+                f"DeepSpeed refuses its settings: {said}. Correct deepspeed.overlay."
             ) from error
 
     def forward(self, **inputs: Any) -> Any:

@@ -41,7 +41,6 @@ OWNED = {
 }
 # what may be set: how ranks talk, how much is held at once, what is printed
 ALLOWED = [
-    "steps_per_print",
     "wall_clock_breakdown",
     "memory_breakdown",
     "dump_state",

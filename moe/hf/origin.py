@@ -15,6 +15,7 @@ from moe.checkpoint.manifest import NAME, Manifest, TensorRecord
 from moe.errors import Corrupt
 from moe.hf.inspect import checkpoint_steps
 from moe.upcycle.expression import Concat, Expression, Read
+from moe.upcycle.rearrange import Tiles
 from moe.upcycle.receipt import Receipt
 from moe.upcycle.source import Source, StoredTensor, hash_file, read_config, read_header
 
@@ -66,8 +67,11 @@ def _checkpoint(path: Path) -> Origin:
 
 
 def _whole(record: TensorRecord, pieces: dict[tuple[str, str], StoredTensor]) -> Expression:
-    """A tensor from the blocks that ranks stored: engines divide along the first dimension."""
+    """A tensor from the blocks that ranks stored, in whichever way they divide it."""
     parts = sorted(record.pieces, key=lambda piece: piece.offset)
-    assert all(p.shape[1:] == record.shape[1:] for p in parts), record
     reads = tuple(Read(pieces[p.file, p.key]) for p in parts)
-    return reads[0] if len(reads) == 1 else Concat(reads)
+    if len(reads) == 1:
+        return reads[0]
+    if all(p.shape[1:] == record.shape[1:] for p in parts):
+        return Concat(reads)
+    return Tiles(record.shape, tuple(p.offset for p in parts), reads)

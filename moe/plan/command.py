@@ -10,6 +10,7 @@ import typer
 from moe.config import load
 from moe.errors import UserError
 
+MOST = 4096  # ranks: FSDP2's pieces are made one by one
 app = typer.Typer(add_completion=False)
 
 
@@ -48,6 +49,8 @@ def run(
     wrong = [n for n, v in positive.items() if not (math.isfinite(v) and v > 0)]
     if wrong:
         raise UserError("\n".join(f"{n} {positive[n]} must be greater than 0." for n in wrong))
+    if world > MOST:
+        raise UserError(f"--world {world} would take long to plan: at most {MOST}.")
     if mfu > 1:
         raise UserError(f"--mfu {mfu} is a share of the peak: at most 1.")
     settings = load(config, overrides or [])

@@ -2,6 +2,7 @@
 
 import json
 import time
+from collections.abc import Callable
 from typing import Any
 
 import xxhash
@@ -23,9 +24,7 @@ def check_same(config: RunConfig, ranks: Ranks) -> None:
     if not odd:
         return
     other = ranks.gather(given if ranks.rank == odd[0] else None)[odd[0]]
-    if ranks.rank:
-        time.sleep(1.0)  # a launcher ends all ranks with the first: rank 0 has its say before
-        raise SaidElsewhere(UserError.exit_code)
+    _leave_it_to_the_first(ranks)
     raise UserError(
         f"{len(odd)} of {ranks.size} ranks were started with another configuration than rank 0. "
         f"Rank {odd[0]} has:\n  "
@@ -48,3 +47,18 @@ def differences(
         elif old != new and (all_keys or place not in ("out", "model", "train.resume")):
             lines.append(f"{place} {old} -> {new}")
     return lines
+
+
+def say_once(ranks: Ranks, check: Callable[..., Any], *arguments: Any) -> Any:
+    """What `check` returns. What it refuses is refused alike on every rank, and rank 0 says it."""
+    try:
+        return check(*arguments)
+    except UserError:
+        _leave_it_to_the_first(ranks)
+        raise
+
+
+def _leave_it_to_the_first(ranks: Ranks) -> None:
+    if ranks.rank:
+        time.sleep(1.0)  # a launcher ends all ranks with the first: rank 0 has its say before
+        raise SaidElsewhere(UserError.exit_code)

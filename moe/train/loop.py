@@ -28,7 +28,7 @@ from moe.model.union import UnionRouter
 from moe.parallel.loss import cross_entropy
 from moe.parallel.world import Ranks, world
 from moe.progress import quiet_libraries
-from moe.train.configurations import check_same, differences
+from moe.train.configurations import check_same, differences, say_once
 from moe.train.loads import LoadMeter, StepLoads
 from moe.train.metrics import Reporter, peak_flops
 from moe.train.schedule import annealed, learning_rate
@@ -44,7 +44,7 @@ def train(config: RunConfig) -> None:
     quiet_libraries()
     with world(config.parallel.timeout) as ranks:
         check_same(config, ranks)
-        config.check_world(ranks.size)
+        say_once(ranks, config.check_world, ranks.size)
         Run(config, ranks).go()
 
 
@@ -130,7 +130,7 @@ class Run:
                 f"train.anneal_steps={config.train.anneal_steps}: model={config.model} has no "
                 "union of experts to anneal."
             )
-        self.engine: Engine = engines.build(model, config, ranks)
+        self.engine: Engine = say_once(ranks, engines.build, model, config, ranks)
         self.biases = [e.tensor for e in self.engine.state() if e.name.endswith(BUFFERS)]
         self.meter = LoadMeter(self.model_config)
         self.reference: list[LayerLoad] | None = None

@@ -3,6 +3,7 @@
 Take(Read(down), order, 0, 192, axis=1)   # the columns of the first 192 neurons of an order
 """
 
+import itertools
 from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import pairwise
@@ -104,6 +105,38 @@ class Beside:
 
     def __str__(self) -> str:
         return f"beside({', '.join(map(str, self.parts))})"
+
+
+@dataclass(frozen=True, slots=True)
+class Tiles:
+    """A tensor of two dimensions or more from blocks that cover it, each where its offset says."""
+
+    shape: tuple[int, ...]
+    offsets: tuple[tuple[int, ...], ...]
+    parts: tuple[Expression, ...]
+
+    @property
+    def dtype(self) -> torch.dtype:
+        return self.parts[0].dtype
+
+    def rows(self, start: int, stop: int) -> Tensor:
+        out = torch.empty(stop - start, self.shape[-1], dtype=self.dtype)
+        for offset, part in zip(self.offsets, self.parts, strict=True):
+            *outer, run, width = part.shape
+            for index, place in enumerate(itertools.product(*(range(n) for n in outer))):
+                above = 0  # of what lies before this run of rows, in rows
+                for o, i, n in zip(offset, place, self.shape[:-2], strict=False):
+                    above = above * n + o + i
+                first = above * self.shape[-2] + offset[-2]
+                low, high = max(start, first), min(stop, first + run)
+                if low < high:
+                    begin = index * run + low - first
+                    columns = slice(offset[-1], offset[-1] + width)
+                    out[low - start : high - start, columns] = part.rows(begin, begin + high - low)
+        return out
+
+    def __str__(self) -> str:
+        return f"tiles({', '.join(map(str, self.parts))})"
 
 
 @dataclass(frozen=True, slots=True)

@@ -11,6 +11,8 @@ from moe.config import parse
 from moe.engines import parameters
 from moe.errors import UserError
 
+ROUTERS = ["*.router.*"]
+
 
 def native(*given, **options) -> Case:
     model, size, expert, distribution = given
@@ -57,6 +59,10 @@ def test_deepspeed_on_two_ranks():
         zero("moe", 2, 2, "balanced", 1, accumulate=2, width="bfloat16"),
         zero("moe", 2, 2, "empty", 2, width="bfloat16"),
         zero("moe", 2, 1, "balanced", 3, width="bfloat16"),
+        zero("moe", 2, 2, "balanced", 1, trainable=ROUTERS),
+        zero("moe", 2, 2, "balanced", 2, trainable=["*.experts.*"], accumulate=2),
+        zero("moh+moe", 2, 1, "balanced", 3, trainable=["*.experts.*"]),
+        zero("uoe", 2, 1, "balanced", 3, trainable=ROUTERS, accumulate=2),
     ])  # fmt: skip
 
 

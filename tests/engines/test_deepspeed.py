@@ -56,6 +56,7 @@ def test_an_overlay_is_laid_over(tmp_path):
     ('{"optimizer": {"type": "Adam"}}', "optimizer is decided by optimizer.lr"),
     ('{"zero_optimization": {"stage": 2}}', "zero_optimization.stage is decided by deepspeed.stag"),
     ('{"wall_clock_breakdwn": true}', "Did you mean wall_clock_breakdown?"),
+    ('{"steps_per_print": 0}', "steps_per_print is unknown or has no place"),
     ('{"zero_optimization": {"overlap_com": true}}', "Did you mean overlap_comm?"),
     ('{"curriculum_learning": {}}', "curriculum_learning is unknown or has no place"),
     ('{"zero_optimization": 3}', "does not hold an object"),
@@ -111,8 +112,13 @@ def broken_overlay(path) -> None:
 
 
 @pytest.mark.slow
-def test_a_value_that_deepspeed_refuses_is_said_in_a_line(tmp_path):
+@pytest.mark.parametrize("text", [
+    '{"zero_optimization": {"reduce_bucket_size": -4}}',
+    '{"zero_optimization": {"allgather_bucket_size": 1}}',
+    '{"flops_profiler": 5}',
+])  # fmt: skip
+def test_a_value_that_deepspeed_refuses_is_said_in_a_line(tmp_path, text):
     path = tmp_path / "overlay.json"
-    path.write_text('{"zero_optimization": {"reduce_bucket_size": -4}}')
+    path.write_text(text)
     with pytest.raises(RankFailed, match="UserError: DeepSpeed refuses its settings"):
         run_ranks(broken_overlay, 1, path)

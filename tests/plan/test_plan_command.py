@@ -193,3 +193,8 @@ def test_deepspeed_is_planned_by_its_stages(settings):
     assert refused.code == 2 and "no expert parallelism with divided weights" in refused.err
     text = moe("plan", settings, "--world", 4, "engine=deepspeed", "deepspeed.offload=optimizer")
     assert "offloaded to the host" in text.out, text.err
+
+
+def test_a_world_that_would_take_long_is_refused(settings):
+    result = moe("plan", settings, "--world", 1_000_000)
+    assert result.code == 2 and "at most 4096" in result.err

@@ -70,6 +70,17 @@ def test_another_configuration_on_one_rank_is_found_and_said_once(toys, tmp_path
     assert not (tmp_path / "run" / "metrics.jsonl").exists()
 
 
+def test_what_no_rank_can_do_is_said_once(toys, tmp_path):
+    config = toys.write(tmp_path / "run")
+    for override, said in (
+        ("parallel.expert=3", "does not divide the 2 ranks"),
+        ("parallel.tensor=2", "does not divide"),
+    ):
+        (first, second) = finish(start(config, override))
+        assert first[0] == second[0] == 2
+        assert said in first[2] and "error" not in second[2], first[2] + second[2]
+
+
 @pytest.mark.parametrize("how", [signal.SIGKILL, signal.SIGSTOP])
 def test_a_rank_that_is_gone_ends_the_others_with_a_line(toys, tmp_path, how):
     out = tmp_path / "run"

@@ -8,6 +8,8 @@ import tiny
 import torch
 import toy_run
 from harness import run_ranks
+from invoke import moe
+from safetensors.torch import load_file
 from test_ranks import CLOSE, configure, disagreements, out_of, train_case
 from torch import distributed
 
@@ -122,3 +124,17 @@ def test_ranks_that_count_a_batch_twice_are_found(runs):
     """Negative control."""
     found = disagreements(out_of(runs, 2, "counted twice"), out_of(runs, 1, "plain"), CLOSE)
     assert any("grad_norm" in line for line in found)
+
+
+@pytest.mark.parametrize("size", [2, 4])
+def test_export_puts_columns_and_rows_together(runs, tmp_path, size):
+    step = out_of(runs, size, "split") / "checkpoints/step-4"
+    pieces = store.Manifest.read(step).tensors["parameter/model.layers.0.self_attn.o_proj.weight"]
+    assert len({p.offset[1] for p in pieces.pieces}) == 2, "its columns lie apart"
+    result = moe("export", step, "--to", "hf", "--out", tmp_path / "out")
+    assert result.code == 0, result.err
+    written = load_file(tmp_path / "out/model.safetensors")
+    expected = dict(store.weights(step))
+    expected.pop("lm_head.weight", None)
+    assert written.keys() == expected.keys()
+    assert not toy_run.differing(written, expected)
