@@ -319,7 +319,7 @@ def test_the_whole_grid(size, dtype):
     ways = [("none", "none", "balanced"), ("full", "attention", "balanced"),
             ("experts", "positions", "natural")]  # fmt: skip
     cases = [
-        (name, expert, dtype, *way, 1)
+        plain(name, expert, dtype, *way)
         for name in MODELS
         for expert in ((1, 2, 4) if name != "dense" else (1,))
         if expert <= size
