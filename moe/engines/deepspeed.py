@@ -8,7 +8,7 @@ private to DeepSpeed, whose version is therefore pinned.
 import logging
 import os
 from collections.abc import Iterator
-from typing import Any, cast
+from typing import Any
 
 import torch
 from pydantic import ValidationError
@@ -46,15 +46,6 @@ class SpreadExperts(Experts, MoE):
     """The experts of one rank. DeepSpeed treats expert parameters apart only inside its own class,
     of which nothing else is used.
     """
-
-    def spread(self, ranks: int) -> None:
-        """What DeepSpeed reads."""
-        self.ep_size, self.num_local_experts = ranks, len(self.gate_up_proj)
-        self.num_experts = ranks * self.num_local_experts
-        self.expert_group_name = f"ep_size_{ranks}"
-        for parameter in self.parameters():
-            parameter.allreduce = False  # type: ignore[attr-defined]
-            parameter.group_name = self.expert_group_name  # type: ignore[attr-defined]
 
     def set_deepspeed_parallelism(self, use_data_before_expert_parallel_: bool = False) -> None:
         """Its groups are there already."""
@@ -98,7 +89,7 @@ class DeepSpeedEngine:
                     mine = parameter.detach().chunk(expert)[self.mesh.get_local_rank("expert")]
                     kept = nn.Parameter(mine.clone(), requires_grad=parameter.requires_grad)
                     setattr(module.experts, name, kept)
-                SpreadExperts.spread(cast(SpreadExperts, module.experts), expert)
+                _describe(module.experts, expert)
         trained = [p for p in self.model.parameters() if is_expert(p) and p.requires_grad]
         for module in self.model.modules():
             # where all are frozen DeepSpeed has nothing to see to, and says that it misses it
@@ -308,6 +299,15 @@ class Held:
         else:
             whole = tensor.full_tensor()
         self.engine.set(self.name, self.kind, self.parameter, whole)
+
+
+def _describe(experts: Any, ranks: int) -> None:
+    """What DeepSpeed reads of experts that are spread over so many ranks."""
+    experts.ep_size, experts.num_local_experts = ranks, len(experts.gate_up_proj)
+    experts.expert_group_name = f"ep_size_{ranks}"
+    for parameter in experts.parameters():
+        parameter.allreduce = False
+        parameter.group_name = experts.expert_group_name
 
 
 def is_expert(parameter: nn.Parameter) -> bool:

@@ -39,6 +39,12 @@ class Group:
         unit = 2 * self.ranks
         return -(-sum(self.sizes) // unit) * unit
 
+    def part(self, stage: int) -> int:
+        """Elements of which a rank has moments."""
+        if stage == 3:  # each parameter is divided by itself
+            return sum(-(-n // self.ranks) for n in self.sizes)
+        return sum(self.sizes) if stage == 0 else self.padded // self.ranks
+
     def overlapping(self, rank: int) -> int:
         """Elements of the parameters that a rank's part has something of, and padding."""
         part, begin, total = self.padded // self.ranks, 0, 0
@@ -76,9 +82,9 @@ def footprint(
     held["weights"] = Share(held["weights"].total + buffers, held["weights"].experts)
     host = 0
     if config.deepspeed.offload != "none":
-        host, held = _offloaded(config, held, groups, size)
+        host, held = _offloaded(config, held, groups)
     before = sum(getattr(found, n).total for n in ("weights", "gradients", "moments"))
-    after = sum(share.total for share in held.values() if isinstance(share, Share))
+    after = sum(share.total for share in held.values())
     zero = generate(config, size, "cpu")["zero_optimization"]
     bucket = WIDE * zero["reduce_bucket_size"]
     if config.deepspeed.stage == 3:  # small parameters stay whole from one layer to the next
@@ -129,18 +135,15 @@ def _pack(sizes: list[int]) -> list[list[int]]:
 
 def _held(
     config: RunConfig, groups: list[Group], frozen: list[tuple[int, bool]], rank: int, size: int
-) -> dict[str, Any]:
+) -> dict[str, Share]:
     """Bytes of weights, gradients and moments, all of them on the device."""
     stage, narrow = config.deepspeed.stage, config.train.dtype == "bfloat16"
     width = 2 if narrow else WIDE
 
-    def share(count: Callable[[Group], int]) -> Share:
-        return Share(sum(count(g) for g in groups), sum(count(g) for g in groups if g.expert))
+    offloads = config.deepspeed.offload != "none"
 
     def part(group: Group) -> int:
-        if stage == 3:  # each parameter is divided by itself
-            return sum(-(-n // group.ranks) for n in group.sizes)
-        return sum(group.sizes) if stage == 0 else group.padded // group.ranks
+        return group.part(stage)
 
     def weights(group: Group) -> int:
         if stage == 0:
@@ -150,23 +153,23 @@ def _held(
         return width * group.padded + WIDE * part(group)
 
     def gradients(group: Group) -> int:
-        if stage == 1 and narrow:
+        if stage == 1 and narrow and not offloads:
             return WIDE * group.padded
-        if stage in (1, 2) and not narrow and config.deepspeed.offload == "none":
+        if stage in (1, 2) and not narrow and not offloads:
             return WIDE * group.overlapping(rank // (size // group.ranks))
         return WIDE * part(group)
 
-    held = share(weights)
+    held = _share(groups, weights)
     still = [(n if stage < 3 else -(-n // size), ours) for n, ours in frozen]
     held = Share(
         held.total + width * sum(n for n, _ in still),
         held.experts + width * sum(n for n, ours in still if ours),
     )
     counters = WIDE * sum(len(g.sizes) if stage == 0 else _subgroups(g, stage) for g in groups)
-    moments = share(lambda g: 2 * WIDE * part(g))
+    moments = _share(groups, lambda g: 2 * WIDE * part(g))
     return {
         "weights": held,
-        "gradients": share(gradients),
+        "gradients": _share(groups, gradients),
         "moments": Share(moments.total + counters, moments.experts),
     }
 
@@ -175,25 +178,25 @@ def _subgroups(group: Group, stage: int) -> int:
     """Pieces that the optimiser updates one after another: each has a counter."""
     if stage < 3:
         return 1
-    parts = sum(-(-n // group.ranks) for n in group.sizes)
-    return max(1, math.ceil(parts / 1e9))
+    return max(1, math.ceil(group.part(stage) / 1e9))
 
 
 def _offloaded(
-    config: RunConfig, held: dict[str, Any], groups: list[Group], size: int
-) -> tuple[int, dict[str, Any]]:
+    config: RunConfig, held: dict[str, Share], groups: list[Group]
+) -> tuple[int, dict[str, Share]]:
     """Bytes in the host's memory, and what is left on the device."""
-    masters = held["moments"].total // 2  # as many float32 values as each of the two moments
-    counters = held["moments"].total - 2 * (held["moments"].total // 8 * 4)
-    masters -= counters // 2
-    host = masters + held["moments"].total + held["gradients"].total
-    weights = held["weights"].total - masters
+    stage, gone = config.deepspeed.stage, WIDE  # the float32 weights that moments belong to
     if config.deepspeed.offload == "parameters":
-        width = 2 if config.train.dtype == "bfloat16" else WIDE
-        divided = width * sum(-(-n // size) for g in groups for n in g.sizes)
-        host, weights = host + divided, weights - divided
-    left = {"weights": Share(weights, 0), "gradients": Share(0, 0), "moments": Share(0, 0)}
-    return host, left
+        gone += 2 if config.train.dtype == "bfloat16" else WIDE
+    away = _share(groups, lambda g: gone * g.part(stage))
+    weights = held["weights"]
+    left = Share(weights.total - away.total, weights.experts - away.experts)
+    host = away.total + held["moments"].total + held["gradients"].total
+    return host, {"weights": left, "gradients": Share(0, 0), "moments": Share(0, 0)}
+
+
+def _share(groups: list[Group], count: Callable[[Group], int]) -> Share:
+    return Share(sum(count(g) for g in groups), sum(count(g) for g in groups if g.expert))
 
 
 def _sent(

@@ -7,6 +7,7 @@ from collections.abc import Iterable
 from typing import Any
 from unittest import mock
 
+import conformance
 import pytest
 import tiny
 import torch
@@ -31,11 +32,7 @@ from moe.plan.rank import footprint, layer_kinds, micro_batch
 
 SLICES = {"kind": "uoe", "num_experts": 4, "top_k": 2}
 MODELS: dict[str, tuple[Any, Any]] = {
-    "dense": (None, None),
-    "moe": (None, {**tiny.MOE, "shared_intermediate_size": 16}),
-    "moh+moe": (tiny.MOH, {**tiny.MOE, "score": "sigmoid", "selection_bias": True}),
-    "bam+moe": ({"kind": "bam", "num_experts": 2}, tiny.MOE),
-    "uoe": ({"kind": "uoe", "num_experts": 3, "top_k": 2}, SLICES),
+    **conformance.MODELS,
     "threshold": (None, {**SLICES, "mode": "threshold"}),
     "expert choice": (None, {**SLICES, "mode": "expert_choice"}),
     "sequence": (None, {**SLICES, "mode": "sequence"}),
