@@ -19,8 +19,7 @@ from transformers import PreTrainedModel
 from moe.config import RunConfig
 from moe.engines.base import Entry, Kind
 from moe.engines.deepspeed_json import check, generate
-from moe.engines.parameters import adamw, freeze, parameter_groups
-from moe.engines.recompute import recompute
+from moe.engines.parameters import adamw, kept_buffers, parameter_groups, prepare
 from moe.errors import UserError
 from moe.model.experts import Experts, RoutedMLP
 from moe.model.union_attention import UnionAttention
@@ -58,11 +57,7 @@ class DeepSpeedEngine:
         self.ranks, self.stage = ranks, config.deepspeed.stage
         self.offloads = config.deepspeed.offload != "none"
         check(model, config, ranks.size)
-        freeze(model, config.train.trainable)
-        recompute(model, config.train.activation_checkpointing)
-        if config.train.compile:
-            for layer in model.model.layers:
-                layer.compile()
+        prepare(model, config.train)
         self.model: nn.Module = model
         self.mesh = ranks.expert_mesh(config.parallel.expert)
         self.world = ranks.mesh(1)["shard"]
@@ -194,10 +189,8 @@ class DeepSpeedEngine:
         moments: tuple[Kind, ...] = ("exp_avg", "exp_avg_sq")
         for name, parameter in self.model.named_parameters():
             yield Held(self, name, "parameter", parameter)
-        kept = self.model.state_dict()
-        for name, buffer in self.model.named_buffers():
-            if name in kept:
-                yield Entry(name, "buffer", buffer)
+        for name, buffer in kept_buffers(self.model):
+            yield Entry(name, "buffer", buffer)
         for name, parameter in self.model.named_parameters():
             if self.has_moments and parameter.requires_grad:
                 for kind in moments:

@@ -14,8 +14,7 @@ from transformers import PreTrainedModel
 from moe.config import Parallel, RunConfig
 from moe.engines import tensor
 from moe.engines.base import Entry
-from moe.engines.parameters import adamw, check_experts, freeze, parameter_groups
-from moe.engines.recompute import recompute
+from moe.engines.parameters import adamw, check_experts, kept_buffers, parameter_groups, prepare
 from moe.errors import problem, raise_all
 from moe.model.experts import RoutedMLP
 from moe.parallel.exchange import AllToAll
@@ -35,11 +34,7 @@ class NativeEngine:
 
     def __init__(self, model: PreTrainedModel, config: RunConfig, ranks: Ranks) -> None:
         self.ranks, self.model = ranks, model
-        freeze(model, config.train.trainable)
-        recompute(model, config.train.activation_checkpointing)
-        if config.train.compile:
-            for layer in model.model.layers:
-                layer.compile()
+        prepare(model, config.train)
         self.dtype = DTYPES[config.train.dtype]
         self.mesh: DeviceMesh | None = None
         self.partial: list[nn.Parameter] = []  # whole, with a part of the gradient on each rank
@@ -146,7 +141,7 @@ class NativeEngine:
             self.model.reshard()  # a forward pass alone leaves the root's in the run's dtype
         for name, parameter in self.model.named_parameters():
             yield Entry(name, "parameter", self._once(parameter.detach()))
-        for name, buffer in self._buffers():
+        for name, buffer in kept_buffers(self.model):
             yield Entry(name, "buffer", buffer)
         for name, parameter in self.model.named_parameters():
             moments = self.optimizer.state.get(parameter, {})
@@ -161,12 +156,6 @@ class NativeEngine:
         if tensor.device_mesh != self.mesh["replicate", "shard"]:
             return tensor
         return whole_on(self.mesh, tensor)
-
-    def _buffers(self) -> Iterator[tuple[str, Tensor]]:
-        kept = self.model.state_dict()
-        for name, buffer in self.model.named_buffers():
-            if name in kept:
-                yield name, buffer
 
     def prepare_moments(self) -> None:
         for group in self.optimizer.param_groups:

@@ -1,17 +1,35 @@
 """Which parameters are trained, how, and among how many ranks experts can be divided."""
 
 import math
+from collections.abc import Iterator
 from fnmatch import fnmatchcase
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
+from transformers import PreTrainedModel
 
-from moe.config import Optimizer
+from moe.config import Optimizer, Train
 from moe.engines.base import check_patterns
+from moe.engines.recompute import recompute
 from moe.errors import UserError, raise_all
 from moe.model.experts import RoutedMLP
 from moe.model.spec import UoEMLP
+
+
+def prepare(model: PreTrainedModel, train: Train) -> None:
+    """What every engine does before it takes hold of a model: freeze, recompute, compile."""
+    freeze(model, train.trainable)
+    recompute(model, train.activation_checkpointing)
+    if train.compile:
+        for layer in model.model.layers:
+            layer.compile()
+
+
+def kept_buffers(model: nn.Module) -> Iterator[tuple[str, Tensor]]:
+    """The buffers that belong to a model's state."""
+    kept = model.state_dict()
+    yield from ((name, buffer) for name, buffer in model.named_buffers() if name in kept)
 
 
 def parameter_groups(named: list[tuple[str, nn.Parameter]]) -> list[dict[str, Any]]:
