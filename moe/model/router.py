@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from moe.kernels import ops
 from moe.model.losses import RoutingLoad, measure, summed
 from moe.model.spec import AttentionSpec, BAMAttention, MoEMLP, MoHAttention
+from moe.model.steering import ALWAYS, Steering, add, reweigh
 
 
 def straight_through(mask: Tensor, probability: Tensor) -> Tensor:
@@ -63,6 +64,8 @@ class NormRouter(nn.Module):
     Source: MoH-LLaMA3 modeling_llama.py (gate before RoPE), MoH eq. 9-10 for the gradient.
     """
 
+    steering: Steering | None = None  # over all units; only gains concern the shared ones
+
     def __init__(self, spec: MoHAttention, num_heads: int, num_kv_heads: int) -> None:
         super().__init__()
         self.spec = spec
@@ -82,15 +85,15 @@ class NormRouter(nn.Module):
         unit_TUd = widen(query_TNd).unflatten(1, (-1, self.group_size)).flatten(2)
         norm_TU = self.gather(torch.linalg.vector_norm(unit_TUd, dim=-1))
         norm_TR = self.units.take_routed(norm_TU)
-        probability_TR = torch.softmax(standardise(norm_TR, spec), dim=-1)
-        indices_TK = ops.select_top_k(probability_TR.detach(), spec.top_k)
+        logits_TR = standardise(norm_TR, spec)
+        probability_TR, indices_TK = choose_routed(logits_TR, spec.top_k, self.units, self.steering)
         mask_TR = torch.zeros_like(probability_TR).scatter_(-1, indices_TK, 1.0)
         surrogate_TR = probability_TR
         if spec.straight_through == "selected":
             surrogate_TR = torch.where(mask_TR > 0, probability_TR, probability_TR.detach())
         routed_TR = spec.routed_scale * straight_through(mask_TR, surrogate_TR)
         shared_TS = routed_TR.new_ones(len(routed_TR), len(spec.shared_heads))
-        gate_TU = self.units.merge(shared_TS, routed_TR)
+        gate_TU = reweigh(self.units.merge(shared_TS, routed_TR), self.steering)
         reference_R = reference_R if spec.balance_scope == "global" else None
         load = measure(probability_TR, indices_TK, valid_T, spec.balance_norm, reference_R)
         return gate_TU.repeat_interleave(self.group_size, dim=1), load
@@ -98,6 +101,19 @@ class NormRouter(nn.Module):
     def gather(self, norm_TU: Tensor) -> Tensor:
         """Norms of all units from those of the local ones: an engine may have split the heads."""
         return norm_TU
+
+
+def choose_routed(
+    logits_TR: Tensor, k: int, units: Columns, steering: Steering | None
+) -> tuple[Tensor, Tensor]:
+    """Probability [T, R] of the routed units, and the k of them that are on [T, K]."""
+    if steering is None or not steering.chooses:
+        probability_TR = logits_TR.softmax(-1)
+        return probability_TR, ops.select_top_k(probability_TR.detach(), k)
+    places = [None if t is None else t[list(units.routed)] for t in steering[:3]]
+    logits_TR = add(logits_TR, places[0])
+    choice_TR = add(add(logits_TR.detach(), places[1]), places[2])
+    return logits_TR.softmax(-1), ops.select_top_k(choice_TR, k)
 
 
 def standardise(norm_TR: Tensor, spec: MoHAttention) -> Tensor:
@@ -122,6 +138,8 @@ class TwoStageRouter(nn.Module):
     Source: MoH-ViT attention.py:46-116; MoH eq. 5-6 up to that scaling.
     """
 
+    steering: Steering | None = None  # over all heads; only gains concern the shared ones
+
     def __init__(self, spec: MoHAttention, num_heads: int, hidden_size: int) -> None:
         super().__init__()
         self.spec = spec
@@ -140,8 +158,8 @@ class TwoStageRouter(nn.Module):
     ) -> tuple[Tensor, RoutingLoad]:
         """Gate [T, N], real-valued, from the normed attention input."""
         spec = self.spec
-        probability_TR = _softmax(x_TH, self.routed)
-        indices_TK = ops.select_top_k(probability_TR.detach(), spec.top_k)
+        logits_TR = project(x_TH, self.routed.weight)
+        probability_TR, indices_TK = choose_routed(logits_TR, spec.top_k, self.heads, self.steering)
         weights_TK = spec.top_k * spec.routed_scale * ops.weigh(probability_TR, indices_TK, True)
         shared_TS = probability_TR.new_zeros(len(x_TH), 0)
         if spec.shared_heads:
@@ -149,7 +167,7 @@ class TwoStageRouter(nn.Module):
             weights_TK = weights_TK * mix_T2[:, 1:]
             shared_TS = mix_T2[:, :1] * len(spec.shared_heads) * _softmax(x_TH, self.shared)
         routed_TR = torch.zeros_like(probability_TR).scatter(-1, indices_TK, weights_TK)
-        gate_TN = self.heads.merge(shared_TS, routed_TR)
+        gate_TN = reweigh(self.heads.merge(shared_TS, routed_TR), self.steering)
         reference_R = reference_R if spec.balance_scope == "global" else None
         load = measure(probability_TR, indices_TK, valid_T, spec.balance_norm, reference_R)
         return gate_TN, load
@@ -171,6 +189,8 @@ class SoftRouter(nn.Module):
     An expert is a group of heads, so its share is the gate of each of them.
     """
 
+    steering: Steering | None = None
+
     def __init__(
         self, spec: BAMAttention, num_heads: int, num_kv_heads: int, hidden_size: int
     ) -> None:
@@ -188,7 +208,10 @@ class SoftRouter(nn.Module):
         reference_R: Tensor | None,
     ) -> tuple[Tensor, RoutingLoad]:
         """Gate [T, N], N over all experts, and the load: each expert's share summed over tokens."""
-        probability_TE = torch.softmax(project(x_TH, self.weight), dim=-1)
+        logits_TE = project(x_TH, self.weight)
+        if self.steering is not None:
+            logits_TE = add(logits_TE, self.steering.logits_E)
+        probability_TE = reweigh(logits_TE.softmax(-1), self.steering)
         load = measure(probability_TE, probability_TE.detach(), valid_T, "unit")
         load = load._replace(balance=torch.zeros_like(load.balance))  # nothing is left idle
         gate_TN = probability_TE.repeat_interleave(self.heads_in_a_row, 1).repeat(1, self.repeats)
@@ -234,6 +257,7 @@ def within_reach(score_TE: Tensor, spec: MoEMLP) -> Tensor:
 class ExpertRouter(nn.Module):
     """Scores the experts of an MLP and picks top_k of them for each token."""
 
+    steering: Steering | None = None
     selection_bias: Tensor | None
 
     def __init__(self, spec: MoEMLP, hidden_size: int) -> None:
@@ -250,21 +274,36 @@ class ExpertRouter(nn.Module):
         spec = self.spec
         logits_TE = project(x_TH, self.weight)
         reference_E = reference_E if spec.balance_scope == "global" else None
-        if not spec.limited and ops.routes_at_once(logits_TE):
+        steering = self.steering
+        steered = steering is not None and steering.chooses
+        if not spec.limited and not steered and ops.routes_at_once(logits_TE):
             bias_E = self.selection_bias
             how = spec.score, spec.renormalise, spec.weight_scale
             routed = ops.route(logits_TE, spec.top_k, *how, bias_E, valid_T)
             load = summed(routed, spec.top_k, reference_E)
-            return ExpertChoice(routed.indices_TK, routed.weights_TK, load, routed.plan)
+            weights_TK = reweigh(routed.weights_TK, steering, routed.indices_TK)
+            return ExpertChoice(routed.indices_TK, weights_TK, load, routed.plan)
+        if steering is not None:
+            logits_TE = add(logits_TE, steering.logits_E)
         scores_TE = logits_TE.softmax(-1) if spec.score == "softmax" else logits_TE.sigmoid()
         choice_TE = logits_TE.detach()  # scores of different logits can be the same
         if self.selection_bias is not None:
             choice_TE = scores_TE.detach() + self.selection_bias.to(scores_TE)
+        if steering is not None:
+            choice_TE = add(choice_TE, steering.select_E)
         if spec.limited:
-            ranked_TE = scores_TE.detach() if self.selection_bias is None else choice_TE
+            ranked_TE = choice_TE
+            if self.selection_bias is None:
+                selected_E = None if steering is None else steering.select_E
+                ranked_TE = add(scores_TE.detach(), selected_E)
             choice_TE = choice_TE.masked_fill(~within_reach(ranked_TE, spec), -torch.inf)
+        if steering is not None and steering.top_k_E is not None:
+            last_E = steering.top_k_E.to(choice_TE)
+            # what is forced may come from any group
+            choice_TE = torch.where(last_E >= ALWAYS, last_E, choice_TE + last_E)
         indices_TK = ops.select_top_k(choice_TE, spec.top_k)
         weights_TK = spec.weight_scale * ops.weigh(scores_TE, indices_TK, spec.renormalise)
+        weights_TK = reweigh(weights_TK, steering, indices_TK)
         probability_TE = scores_TE
         if spec.score == "sigmoid":
             probability_TE = scores_TE / (scores_TE.sum(-1, keepdim=True) + 1e-20)

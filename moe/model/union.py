@@ -12,6 +12,7 @@ from moe.kernels import ops
 from moe.model import router
 from moe.model.losses import RoutingLoad, measure
 from moe.model.spec import UoEAttention, UoEMLP
+from moe.model.steering import Steering, add, reweigh
 
 
 class Choice(NamedTuple):
@@ -31,6 +32,7 @@ class UnionRouter(nn.Module):
     not computed, so their scores get a gradient through the softmax and the balance loss alone.
     """
 
+    steering: Steering | None = None
     selection_bias: Tensor | None
 
     def __init__(self, spec: UoEAttention | UoEMLP, hidden_size: int) -> None:
@@ -71,8 +73,16 @@ class UnionRouter(nn.Module):
         spec = self.spec
         scored_BSH = self._pooled(x_BSH, valid_T) if self.mode == "sequence" else x_BSH
         logits_TE = router.project(scored_BSH.reshape(-1, scored_BSH.shape[-1]), self.weight)
+        steering = self.steering
+        if steering is not None:
+            logits_TE = add(logits_TE, steering.logits_E)
         probability_TE = logits_TE.softmax(-1)
-        mask_TE, indices_TK = self._choose(probability_TE.detach(), x_BSH.shape[:2], valid_T)
+        score_TE = probability_TE.detach()
+        if steering is not None and steering.chooses:
+            # a threshold is one of probabilities; ranks, and what is added, are of logits
+            ranked_TE = score_TE if self.mode == "threshold" else logits_TE.detach()
+            score_TE = add(add(ranked_TE, steering.select_E), steering.top_k_E)
+        mask_TE, indices_TK = self._choose(score_TE, x_BSH.shape[:2], valid_T)
         if self.mode == "sequence":
             set_BE = mask_TE if set_BE is None else set_BE
             length = x_BSH.shape[1]
@@ -86,7 +96,8 @@ class UnionRouter(nn.Module):
         )
         if forced_T is not None:
             mask_TE = mask_TE | forced_T[:, None]
-        return Choice(mask_TE, self._weigh(probability_TE, mask_TE), indices_TK, set_BE, load)
+        weights_TE = reweigh(self._weigh(probability_TE, mask_TE), steering)
+        return Choice(mask_TE, weights_TE, indices_TK, set_BE, load)
 
     def _choose(
         self, score_TE: Tensor, shape: tuple[int, int] | torch.Size, valid_T: Tensor | None

@@ -273,7 +273,7 @@ def test_killed_run_goes_on_from_what_was_published(toys, straight, tmp_path, po
 
 
 def test_evaluation_loads_whole_checkpoints_only(straight, tmp_path) -> None:
-    from moe.evals.adapter import load_model
+    from moe.hf.loading import load_model
 
     whole = tmp_path / "step-4"
     shutil.copytree(straight / "checkpoints" / "step-4", whole)

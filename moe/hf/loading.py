@@ -1,0 +1,101 @@
+"""Models that are there to be used, not converted: a folder or a checkpoint, and its tokenizer.
+
+model = load_model(Path("runs/a/checkpoints/step-500"))
+"""
+
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+
+import torch
+import xxhash
+from safetensors import SafetensorError
+from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
+
+import moe.model  # noqa: F401  (registers RoutedLlama)
+from moe.checkpoint import manifest, store
+from moe.errors import Corrupt, UserError
+from moe.upcycle import receipt
+from moe.upcycle.source import hash_file, read_config, require_finite, weight_files
+
+
+def load_model(folder: Path) -> PreTrainedModel:
+    """A model folder or a `step-N` checkpoint, in the dtype its config names, for evaluation.
+
+    Raises UserError where it is neither, Corrupt where it is damaged.
+    """
+    config = read_config(folder)
+    if not store.is_checkpoint(folder):
+        return _load_folder(folder)
+    with torch.device("meta"):
+        model = AutoModelForCausalLM.from_config(config)
+    weights: dict[str, Any] = dict(store.weights(folder))
+    missing, unexpected = model.load_state_dict(weights, strict=False, assign=True)
+    model.tie_weights()
+    missing = [n for n in missing if model.get_parameter(n).is_meta]
+    _check_keys(folder, missing, unexpected)
+    # what is computed, not stored, is still on the meta device
+    model.model.rotary_emb = type(model.model.rotary_emb)(config)
+    require_finite(folder, model.named_parameters())
+    return model.eval()
+
+
+def _load_folder(folder: Path) -> PreTrainedModel:
+    weight_files(folder)  # says what is missing, or that it is a pickle
+    model: PreTrainedModel
+    info: dict[str, Any]
+    try:
+        model, info = AutoModelForCausalLM.from_pretrained(  # type: ignore[misc]
+            folder, dtype="auto", output_loading_info=True, trust_remote_code=False
+        )
+    except SafetensorError as error:
+        raise Corrupt(f"{folder}: {error}") from error
+    except (OSError, ValueError) as error:
+        raise UserError(f"{folder}: {str(error).strip().splitlines()[0]}") from error
+    _check_keys(folder, info["missing_keys"], info["unexpected_keys"])
+    require_finite(folder, model.named_parameters())
+    return model.eval()
+
+
+def _check_keys(folder: Path, missing: Iterable[str], unexpected: Iterable[str]) -> None:
+    """Weights that are not there would be drawn, and their results worth nothing."""
+    if missing or unexpected:
+        raise UserError(
+            f"{folder}: weights do not fit its config: missing {sorted(missing)[:3]}, unexpected "
+            f"{sorted(unexpected)[:3]}."
+        )
+
+
+def load_tokenizer(folder: Path) -> Any:
+    """The tokenizer beside the weights. Raises UserError where there is none."""
+    try:
+        return AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
+    except (OSError, ValueError) as error:
+        raise UserError(
+            f"{folder} has no tokenizer that can be read: copy tokenizer.json and "
+            "tokenizer_config.json into it."
+        ) from error
+
+
+def identity(folder: Path) -> dict[str, str]:
+    """Which model that is: its name, and the hashes of its config and of its weights.
+
+    File hashes that a receipt or manifest holds are taken from there; others are read and hashed.
+    """
+    return {
+        "name": folder.name,
+        "config": hash_file(folder / "config.json"),
+        "weights": _hash_weights(folder),
+    }
+
+
+def _hash_weights(folder: Path) -> str:
+    if store.is_checkpoint(folder):
+        return hash_file(folder / manifest.NAME)
+    known = receipt.Receipt.read(folder)
+    digest = xxhash.xxh3_128()
+    for path in sorted(weight_files(folder)):
+        entry = known.files.get(path.name) if known else None
+        recorded = entry is not None and entry["bytes"] == path.stat().st_size
+        digest.update(f"{path.name} {entry['xxh3'] if entry and recorded else hash_file(path)}\n")
+    return digest.hexdigest()

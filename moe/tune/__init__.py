@@ -1,0 +1,1 @@
+"""MoTE, mixtures of tunable experts: which go with a behaviour, and what happens without them."""
