@@ -97,5 +97,6 @@ def _hash_weights(folder: Path) -> str:
     for path in sorted(weight_files(folder)):
         entry = known.files.get(path.name) if known else None
         recorded = entry is not None and entry["bytes"] == path.stat().st_size
-        digest.update(f"{path.name} {entry['xxh3'] if entry and recorded else hash_file(path)}\n")
+        found = entry["xxh3"] if entry is not None and recorded else hash_file(path)
+        digest.update(f"{path.name} {found}\n".encode())
     return digest.hexdigest()

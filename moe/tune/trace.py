@@ -76,10 +76,8 @@ def hash_trace(path: Path) -> str:
 
 def _site(entry: dict[str, Any]) -> Site:
     known = {f.name for f in fields(Site)}
-    values: Any = {
-        k: tuple(v) if isinstance(v, list) else v for k, v in entry.items() if k in known
-    }
-    return Site(**values)
+    some: Any = {k: v for k, v in entry.items() if k in known}
+    return Site(**{k: tuple(v) if isinstance(v, list) else v for k, v in some.items()})
 
 
 def _check(trace: Trace) -> None:
