@@ -76,8 +76,10 @@ def hash_trace(path: Path) -> str:
 
 def _site(entry: dict[str, Any]) -> Site:
     known = {f.name for f in fields(Site)}
-    some: Any = {k: v for k, v in entry.items() if k in known}
-    return Site(**{k: tuple(v) if isinstance(v, list) else v for k, v in some.items()})
+    values: Any = {}
+    for key in known & entry.keys():
+        values[key] = tuple(entry[key]) if isinstance(entry[key], list) else entry[key]
+    return Site(**values)
 
 
 def _check(trace: Trace) -> None:
