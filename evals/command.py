@@ -27,6 +27,15 @@ def run(
     baseline: Annotated[
         list[Path] | None, typer.Option(help="Model to hold it against; repeat for more.")
     ] = None,
+    tuning: Annotated[
+        Path | None, typer.Option(help="tuning.json of moe tune, for MODEL and not the baselines.")
+    ] = None,
+    scale: Annotated[
+        float | None, typer.Option(min=0, max=1, help="How much of the tuning; default its own.")
+    ] = None,
+    other_model: Annotated[
+        bool, typer.Option("--other-model", help="Take a tuning of another model of this shape.")
+    ] = False,
     as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object.")] = False,
 ) -> None:
     """Evaluate with lm-evaluation-harness, beside baselines if any are given."""
@@ -37,12 +46,19 @@ def run(
     for option, folder in (("--include-path", include_path), ("--data", data)):
         if folder is not None and not folder.is_dir():
             problems.append(f"{option} {folder} is not a folder.")
+    if tuning is None and (scale is not None or other_model):
+        problems.append("--scale and --other-model go with --tuning.")
     if bool(names) == bool(suite):
         problems.append("give either --tasks or --suite.")
     for folder in models:
         problems += problem(_check_model, folder)
     raise_all(problems)
     quiet_libraries()
+    change = None
+    if tuning is not None:
+        from moe.tune.tuning import read_for
+
+        change = read_for(tuning, model, scale, other_model)
     logging.getLogger("lm_eval").setLevel(logging.ERROR)
     from moe.evals import run as runner
 
@@ -51,9 +67,9 @@ def run(
         names, limit = chosen["tasks"], limit or chosen.get("limit")
     report = runner.evaluate(
         models, names, include_path, data, limit, batch_size,
-        say=lambda text: typer.echo(text, err=True),
+        say=lambda text: typer.echo(text, err=True), tuning=change,
     )  # fmt: skip
-    labels = short_names(models)
+    labels = short_names(models, change is not None)
     table = runner.table(report, labels)
     out.mkdir(parents=True)
     (out / "results.json").write_text(json.dumps(report, indent=1, default=str) + "\n")
@@ -79,8 +95,11 @@ def _check_model(folder: Path) -> None:
         weight_files(folder)
 
 
-def short_names(models: list[Path]) -> list[str]:
-    """Last parts of the paths, as many as it takes to tell them apart."""
+def short_names(models: list[Path], tuned: bool = False) -> list[str]:
+    """Last parts of the paths, as many as it takes to tell them apart; the first may be tuned."""
+    if tuned:
+        first, *others = short_names([*models[1:], models[0]])[::-1]
+        return [f"{first} tuned", *others[::-1]]
     for length in (1, 2, 3, 4):
         names = ["/".join(m.parts[-length:]) for m in models]
         if len(set(names)) == len(names):

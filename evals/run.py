@@ -4,6 +4,7 @@ report = evaluate([model, parent], ["local_piqa"], data=Path("data"), limit=100)
 """
 
 import contextlib
+import dataclasses
 import difflib
 import math
 import platform
@@ -21,6 +22,8 @@ from lm_eval.tasks import TaskManager
 from moe.checkpoint import manifest
 from moe.errors import UserError
 from moe.evals.adapter import MoeLM
+from moe.tune.intervene import tuned
+from moe.tune.tuning import Tuning
 from moe.upcycle import receipt
 from moe.upcycle.source import hash_file
 
@@ -71,16 +74,19 @@ def evaluate(
     limit: int | None = None,
     batch_size: int = 8,
     say: Callable[[str], None] = print,
+    tuning: Tuning | None = None,
 ) -> dict[str, Any]:
     """Every task on every model, the first being the one that the others are held against.
 
+    A tuning is the first model's alone; the same folder may follow without it.
     Returns {"models": [identity …], "rows": [comparison …], "results": [the harness's own …]}.
     """
     with domain_tasks(tasks, data) as (tasks, folders):
         manager = find_tasks(tasks, include, data, folders)
-        results = _results(models, tasks, manager, limit, batch_size, say)
+        results = _results(models, tasks, manager, limit, batch_size, say, tuning)
     return {
         "models": [identify(model) for model in models],
+        "tuning": None if tuning is None else dataclasses.asdict(tuning),
         "versions": {p: version(p) for p in ("lm_eval", "torch", "transformers")}
         | {"python": platform.python_version()},
         "rows": compare(results),
@@ -125,19 +131,23 @@ def _results(
     limit: int | None,
     batch_size: int,
     say: Callable[[str], None],
+    tuning: Tuning | None,
 ) -> list[Any]:
     """The harness's own result for each model."""
-    results = []
+    results: list[Any] = []
     for model in models:
-        say(f"evaluating {model}")
+        first = tuning if not results else None
+        say(f"evaluating {model}" + (f", {first.summary()}" if first else ""))
+        lm = MoeLM(model, batch_size)
         try:
-            result = simple_evaluate(
-                model=MoeLM(model, batch_size),
-                tasks=list(tasks),
-                task_manager=manager,
-                limit=limit,
-                bootstrap_iters=1000,
-            )
+            with tuned(lm.model, first):
+                result = simple_evaluate(
+                    model=lm,
+                    tasks=list(tasks),
+                    task_manager=manager,
+                    limit=limit,
+                    bootstrap_iters=1000,
+                )
         except (ConnectionError, OSError) as error:
             raise UserError(_offline(error, tasks)) from error
         except TemplateError as error:

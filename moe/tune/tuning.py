@@ -19,6 +19,7 @@ from pathlib import Path
 from typing import Any, Literal, get_args
 
 from moe.errors import UserError, raise_all
+from moe.hf.loading import identity
 from moe.model.steering import ALWAYS
 from moe.tune.families import PARTS, Part, Site
 
@@ -92,28 +93,44 @@ class Tuning:
         known = ("semantics", "scale", "model", "shape", "method", "created_from")
         return cls(experts=edits, **{key: body[key] for key in known if key in body})
 
-    def check(
-        self, sites: Sequence[Site], model: dict[str, Any] | None = None, other: bool = False
-    ) -> None:
-        """Raise UserError where the tuning does not fit a model, all reasons at once.
+    def summary(self) -> str:
+        """For people: how many experts, what is done to them, and how."""
+        kinds = [edit.kind for edit in self.experts]
+        each = ", ".join(f"{kinds.count(kind)} {kind}" for kind in dict.fromkeys(kinds))
+        return f"{len(kinds)} experts ({each}), {self.semantics}, scale {self.scale:g}"
 
-        `model` is the model's identity; with `other` another one of the same shape will do.
-        """
+    def check(self, sites: Sequence[Site]) -> None:
+        """Raise UserError where the tuning does not fit a model's routers, all reasons at once."""
         shape = shape_of(sites)
         if self.shape and self.shape != shape:
             raise UserError(
                 f"this tuning is for another shape of model: {_describe(self.shape)}, not "
                 f"{_describe(shape)}."
             )
-        if model is not None and self.model and not other:
-            differ = [key for key in ("config", "weights") if self.model.get(key) != model.get(key)]
-            if differ:
-                raise UserError(
-                    f"this tuning was made for {self.model.get('name')}: {' and '.join(differ)} of "
-                    f"{model.get('name')} have another hash. Rank its own "
-                    "experts, or pass --other-model if you know that they mean the same."
-                )
         raise_all(_misfits(self, sites))
+
+    def check_model(self, model: dict[str, str]) -> None:
+        """Raise UserError where the model's identity is another than that it was made for."""
+        differ = [key for key in ("config", "weights") if self.model.get(key) != model.get(key)]
+        if self.model and differ:
+            raise UserError(
+                f"this tuning was made for {self.model.get('name')}: {' and '.join(differ)} of "
+                f"{model.get('name')} have another hash. Rank its own experts, or pass "
+                "--other-model if you know that they mean the same."
+            )
+
+
+def read_for(path: Path, model: Path, scale: float | None, other: bool) -> Tuning:
+    """The tuning in a file, at the scale asked for, if it is the model folder's own.
+
+    Whether it fits the model's routers is seen where it is applied.
+    """
+    tuning = Tuning.read(path)
+    if scale is not None:
+        tuning.scale = scale
+    if not other:
+        tuning.check_model(identity(model))
+    return tuning
 
 
 def shape_of(sites: Sequence[Site]) -> list[list[Any]]:
