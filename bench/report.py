@@ -30,16 +30,19 @@ class Goal:
 
 
 def interleave(
-    sides: Mapping[str, Callable[[], Any]], repeats: int, warmup: int = 2
+    sides: Mapping[str, Callable[[], Any]],
+    repeats: int,
+    warmup: int = 2,
+    clock: Callable[[], float] = time.perf_counter,
 ) -> dict[str, float]:
     """Median seconds of each side, run in turn (A B C A B C …), so that drift meets all alike."""
     seconds: dict[str, list[float]] = {name: [] for name in sides}
     for round_ in range(warmup + repeats):
         for name, run in sides.items():
-            start = time.perf_counter()
+            start = clock()
             run()
             if round_ >= warmup:
-                seconds[name].append(time.perf_counter() - start)
+                seconds[name].append(clock() - start)
     return {name: statistics.median(values) for name, values in seconds.items()}
 
 

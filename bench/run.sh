@@ -27,6 +27,7 @@ fi
 "$bin/python" bench/routed_mlp.py --out "$out"
 "$bin/python" bench/train_step.py --out "$out"
 "$bin/python" bench/sparse_heads.py --out "$out"
+"$bin/python" bench/tune_record.py --out "$out"
 "$bin/python" bench/scaling.py --out "$out"
 "$bin/python" bench/upcycle_copy.py --source "$weights" --moe "$bin/moe" \
     --mergekit "$peer/bin/mergekit-moe" --work .bench/work --out "$out"

@@ -12,6 +12,15 @@ from moe.errors import UserError, problem, raise_all
 from moe.progress import quiet_libraries
 
 app = typer.Typer(add_completion=False)
+TuningFile = Annotated[
+    Path | None, typer.Option(help="tuning.json of moe tune, for MODEL and not the baselines.")
+]
+Scale = Annotated[
+    float | None, typer.Option(min=0, max=1, help="How much of the tuning; default its own.")
+]
+OtherModel = Annotated[
+    bool, typer.Option("--other-model", help="Take a tuning of another model of this shape.")
+]
 
 
 @app.command()
@@ -27,31 +36,19 @@ def run(
     baseline: Annotated[
         list[Path] | None, typer.Option(help="Model to hold it against; repeat for more.")
     ] = None,
-    tuning: Annotated[
-        Path | None, typer.Option(help="tuning.json of moe tune, for MODEL and not the baselines.")
-    ] = None,
-    scale: Annotated[
-        float | None, typer.Option(min=0, max=1, help="How much of the tuning; default its own.")
-    ] = None,
-    other_model: Annotated[
-        bool, typer.Option("--other-model", help="Take a tuning of another model of this shape.")
-    ] = False,
+    tuning: TuningFile = None,
+    scale: Scale = None,
+    other_model: OtherModel = False,
     as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object.")] = False,
 ) -> None:
     """Evaluate with lm-evaluation-harness, beside baselines if any are given."""
     names = [name.strip() for name in (tasks or "").split(",") if name.strip()]
     models = [model, *(baseline or [])]
-    # said now, all of it, not after the first of several evaluations
-    problems = problem(_check_out, out)
-    for option, folder in (("--include-path", include_path), ("--data", data)):
-        if folder is not None and not folder.is_dir():
-            problems.append(f"{option} {folder} is not a folder.")
+    problems = _problems(
+        out, models, names, suite, {"--include-path": include_path, "--data": data}
+    )
     if tuning is None and (scale is not None or other_model):
         problems.append("--scale and --other-model go with --tuning.")
-    if bool(names) == bool(suite):
-        problems.append("give either --tasks or --suite.")
-    for folder in models:
-        problems += problem(_check_model, folder)
     raise_all(problems)
     quiet_libraries()
     change = None
@@ -76,6 +73,22 @@ def run(
     limited = f", {limit} items per task" if limit else ""
     (out / "results.md").write_text(f"# {labels[0]}{limited}\n\n{table}\n")
     typer.echo(json.dumps(report["rows"]) if as_json else f"{table}\n{out}/results.md")
+
+
+def _problems(
+    out: Path, models: list[Path], names: list[str], suite: str | None,
+    folders: dict[str, Path | None],
+) -> list[str]:  # fmt: skip
+    """All that is wrong, said now and not after the first of several evaluations."""
+    problems = problem(_check_out, out)
+    for option, folder in folders.items():
+        if folder is not None and not folder.is_dir():
+            problems.append(f"{option} {folder} is not a folder.")
+    if bool(names) == bool(suite):
+        problems.append("give either --tasks or --suite.")
+    for folder in models:
+        problems += problem(_check_model, folder)
+    return problems
 
 
 def _check_out(out: Path) -> None:

@@ -4,6 +4,7 @@ Exit codes: 0 done, 1 training met a number that is not finite, 2 the request is
 damaged.
 """
 
+import atexit
 import gc
 import importlib
 import os
@@ -39,6 +40,8 @@ COMMANDS = {
         "Checkpoint or model to a Hugging Face folder, native or with its code.",
     ),
     "eval": ("moe.evals.command", "Evaluate with lm-evaluation-harness, beside baselines."),
+    "generate": ("moe.tune.generate_command", "Responses of a model, with a tuning if you like."),
+    "tune": ("moe.tune.command", "Look at what a mixture's experts do, and tune it."),
     "inspect": ("moe.hf.inspect_command", "Architecture, parameters, routing and receipt."),
     "kernels": ("moe.hf.kernels_command", "Tune the Triton kernels' tilings for a model."),
     "verify": ("moe.upcycle.verify_command", "Whether a folder still is what was written."),
@@ -69,6 +72,7 @@ def _register(name: str, module: str, help_line: str) -> None:
         command = importlib.import_module(module).app
         gc.freeze()
         gc.enable()
+        atexit.register(gc.unfreeze)
         # standalone_mode would end the process inside; here errors must reach main()
         code = command(context.args, prog_name=f"moe {name}", standalone_mode=False)
         if isinstance(code, int) and code:

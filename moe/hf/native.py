@@ -145,7 +145,7 @@ def _mlp_obstacles(config: RoutedLlamaConfig, target: str, dtype: torch.dtype) -
     if any(spec.shared_intermediate_size for spec in specs) and not home.shared:
         found.append(f"mlp.shared_intermediate_size > 0: {target} has no shared expert.")
     for scale in sorted({spec.weight_scale for spec in specs}):
-        if not _exact_factor(scale, dtype):
+        if not exact_factor(scale, dtype):
             found.append(
                 f"mlp.weight_scale={scale:g}: multiplied into down_proj it is rounded to "
                 f"{str(dtype).removeprefix('torch.')}. Use --dtype float32."
@@ -158,7 +158,7 @@ def _raw(spec: MoEMLP) -> bool:
     return not spec.renormalise and spec.top_k < spec.num_experts
 
 
-def _exact_factor(factor: float, dtype: torch.dtype) -> bool:
+def exact_factor(factor: float, dtype: torch.dtype) -> bool:
     """Whether a weight times `factor` keeps its precision, to the rounding of float32."""
     return dtype in (torch.float32, torch.float64) or abs(math.frexp(factor)[0]) == 0.5
 

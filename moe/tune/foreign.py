@@ -36,9 +36,16 @@ def logits(router: Any, family: Family, x_TH: Tensor) -> Tensor:
 
 
 def route(
-    router: Any, family: Family, logits_TE: Tensor, steering: Steering
+    router: Any,
+    family: Family,
+    logits_TE: Tensor,
+    steering: Steering,
+    kept_TK: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """Weights [T, K] in float32 or wider and indices [T, K], by the family's rule and steered."""
+    """Weights [T, K] in float32 or wider and indices [T, K], by the family's rule and steered.
+
+    Where the choice `kept_TK` is as good as any, it is that one: bfloat16 logits tie often.
+    """
     logits_TE = add(logits_TE, steering.logits_E)
     wide_TE = widen(logits_TE)
     score_TE = wide_TE.sigmoid() if family.score == "sigmoid" else wide_TE.softmax(-1)
@@ -57,6 +64,10 @@ def route(
         last_E = steering.top_k_E.to(choice_TE)
         choice_TE = torch.where(last_E >= ALWAYS, last_E, choice_TE + last_E)
     indices_TK = choice_TE.topk(router.top_k, dim=-1).indices
+    if kept_TK is not None:
+        worth = (choice_TE.gather(1, i).sort(-1).values for i in (indices_TK, kept_TK))
+        as_good_T1 = torch.eq(*worth).all(-1, keepdim=True)
+        indices_TK = torch.where(as_good_T1, kept_TK, indices_TK)
     if family.score == "chosen":
         weights_TK = wide_TE.gather(1, indices_TK).softmax(-1)
         return reweigh(weights_TK, steering, indices_TK), indices_TK
@@ -79,7 +90,7 @@ def _within(score_TE: Tensor, family: Family, groups: int, top_groups: int) -> T
 
 
 @torch.no_grad()
-def check(router: nn.Module, family: Family, name: str) -> Places:
+def check(router: Any, family: Family, name: str) -> Places:
     """Hold a family's entry against the module that runs, on random numbers.
 
     Returns where its output has weights and indices. Raises UserError where it computes something
@@ -89,7 +100,7 @@ def check(router: nn.Module, family: Family, name: str) -> Places:
     generator = torch.Generator().manual_seed(0)
     x_TH = torch.randn(16, weight.shape[1], generator=generator).to(weight)
     with torch.autocast(x_TH.device.type, enabled=False):
-        returned = nn.Module.__call__(router, x_TH)
+        returned = router.forward(x_TH)  # without hooks: a tuning may be at work
         weights_TK, indices_TK = route(router, family, logits(router, family, x_TH), Steering())
     empty_TE = weights_TK.new_zeros(len(x_TH), len(weight))
     ours_TE = empty_TE.scatter(1, indices_TK, weights_TK)
@@ -123,11 +134,11 @@ def override(
             weights = reweigh(widen(theirs), steering, indices).to(theirs)
             return _replaced(output, places, weights, indices)
         steered = steering._replace(gain_E=None)
-        new, chosen = route(router, family, logits(router, family, arguments[0]), steered)
+        logits_TE = logits(router, family, arguments[0])
+        new, chosen = route(router, family, logits_TE, steered, indices.long())
         new = new.to(theirs)
         if steering.logits_E is None:
-            same_T1 = (chosen.sort(-1).values == indices.sort(-1).values).all(-1, keepdim=True)
-            new, chosen = torch.where(same_T1, theirs, new), torch.where(same_T1, indices, chosen)
+            new = torch.where((chosen == indices).all(-1, keepdim=True), theirs, new)
         return _replaced(output, places, new, chosen.to(indices.dtype))
 
     return hook

@@ -1,7 +1,8 @@
 """What is to be done to which experts of which model: `tuning.json`.
 
     tuning = Tuning.read(Path("tuning.json"))
-    tuning.check(sites(model), identity)        # raises UserError where it is another model's
+    tuning.check(sites(model))              # raises UserError where it does not fit
+    tuning.check_model(identity(folder))    # or is another model's
 
 Semantics say where in a router an action takes place; four that differ, so a tuning names one:
   post_zero    weights of the chosen experts, as they are: an expert that is off adds nothing
@@ -13,6 +14,7 @@ Semantics say where in a router an action takes place; four that differ, so a tu
 import json
 import math
 import re
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -93,11 +95,14 @@ class Tuning:
         known = ("semantics", "scale", "model", "shape", "method", "created_from")
         return cls(experts=edits, **{key: body[key] for key in known if key in body})
 
-    def summary(self) -> str:
-        """For people: how many experts, what is done to them, and how."""
-        kinds = [edit.kind for edit in self.experts]
-        each = ", ".join(f"{kinds.count(kind)} {kind}" for kind in dict.fromkeys(kinds))
-        return f"{len(kinds)} experts ({each}), {self.semantics}, scale {self.scale:g}"
+    def summary(self, scale: float | None = None) -> str:
+        """In one line: `3 experts off, 1 expert gain:0.5 (post_zero), scale 0.5`."""
+        kinds = Counter((edit.part, edit.action) for edit in self.experts)
+        parts = ", ".join(
+            f"{count} {'expert' if part == 'mlp' else 'attention part'}{'s' * (count > 1)} {action}"
+            for (part, action), count in kinds.items()
+        )
+        return f"{parts} ({self.semantics}), scale {self.scale if scale is None else scale:g}"
 
     def check(self, sites: Sequence[Site]) -> None:
         """Raise UserError where the tuning does not fit a model's routers, all reasons at once."""
