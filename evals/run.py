@@ -22,6 +22,7 @@ from lm_eval.tasks import TaskManager
 from moe.checkpoint import manifest
 from moe.errors import UserError
 from moe.evals.adapter import MoeLM
+from moe.tune.families import sites
 from moe.tune.intervene import tuned
 from moe.tune.tuning import Tuning
 from moe.upcycle import receipt
@@ -139,6 +140,8 @@ def _results(
         first = tuning if not results else None
         say(f"evaluating {model}" + (f", {first.summary()}" if first else ""))
         lm = MoeLM(model, batch_size)
+        for odd in first.cautions(sites(lm.model)) if first else ():
+            say(f"note: {odd}")
         try:
             with tuned(lm.model, first):
                 result = simple_evaluate(

@@ -7,12 +7,14 @@ import sys
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field, replace
 from pathlib import Path
+from typing import Any
 
 from moe.errors import MoeError, UserError
 from moe.tune.families import PARTS, Part
 from moe.tune.generation import Sampling
+from moe.tune.legality import SEMANTICS, Semantics
 from moe.tune.subject import Subject, answer, describe
-from moe.tune.tuning import SEMANTICS, Edit, Semantics, Tuning, shape_of
+from moe.tune.tuning import Edit, Tuning, shape_of
 
 HELP = """A line that does not begin with / is a prompt: its response without and with the tuning.
 /scale S                            turn the dial, 0 to 1
@@ -61,7 +63,8 @@ class Session:
             return None
         method = self.given.method if self.given else {}
         if self.given is None or list(self.state.edits) != self.given.experts:
-            method = {"by": "hand", **({"from": method} if method else {})}
+            kept: dict[str, Any] = {key: method[key] for key in ("target", "ids") if key in method}
+            method = {"by": "hand", **kept, **({"from": method} if method else {})}
         return Tuning(
             semantics=self.state.semantics,
             experts=list(self.state.edits),
@@ -103,7 +106,9 @@ class Session:
             self.state = before
             raise
         self.earlier.append(before)
-        return describe(self.tuning, self.state.scale)
+        tuning = self.tuning
+        odd = [] if tuning is None else tuning.cautions(self.subject.sites)
+        return "\n".join([describe(tuning, self.state.scale), *(f"note: {text}" for text in odd)])
 
     def _answer(self, prompt: str, tuning: Tuning | None) -> str:
         subject = replace(self.subject, tuning=tuning, scale=self.state.scale)
@@ -199,6 +204,8 @@ COMMANDS: dict[str, Callable[[Session, list[str]], Iterator[str]]] = {
 def talk(session: Session) -> None:
     """Answer lines of standard input until /quit or its end; an error is one more answer."""
     terminal = sys.stdin.isatty()
+    if hasattr(sys.stdin, "reconfigure"):
+        sys.stdin.reconfigure(errors="surrogateescape")  # a line that is not text is one more error
     if terminal:
         print(f"{describe(session.tuning, session.state.scale)}. /help lists commands.")
     for line in _lines(terminal):

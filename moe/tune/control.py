@@ -66,6 +66,8 @@ class Condition:
     edits: list[Edit]
     scale: float
     seed: int | None = None
+    rate: float = 0.0  # how busy these experts are in the model as it is, mean over them
+    texts: list[str | None] = field(default_factory=list)  # responses, where they are measured
     total: np.ndarray = field(default_factory=lambda: np.zeros(0))
     over: np.ndarray = field(default_factory=lambda: np.zeros(0))
 
@@ -80,9 +82,17 @@ def conditions(tuning: Tuning, subject: Subject, rate_C: np.ndarray, plan: Plan)
         if dose < 1:
             found.append(Condition(kind="tuned", edits=tuning.experts, scale=dose * full))
     for kind in plan.kinds:
-        for seed in range(plan.seeds):
+        sets: list[list[Edit]] = []
+        for seed in range(10 * plan.seeds):  # there may be fewer sets than are asked for
             edits = draw(kind, tuning, subject.sites, rate_C, seed)
-            found.append(Condition(kind=kind, edits=edits, scale=full, seed=seed))
+            if edits not in sets and len(sets) < plan.seeds:
+                sets.append(edits)
+                found.append(Condition(kind=kind, edits=edits, scale=full, seed=seed))
+    firsts = columns(subject.sites)
+    starts = {(s.layer, s.part): firsts[n] for n, s in enumerate(subject.sites)}
+    for condition in found:
+        on = [rate_C[starts[edit.layer, edit.part] + edit.expert] for edit in condition.edits]
+        condition.rate = float(np.mean(on))
     return found
 
 
@@ -97,8 +107,14 @@ def control(
         for condition in found:
             change = with_edits(tuning, condition.edits, condition.scale)
             with tuned(subject.model, change if condition.edits else None):
-                condition.total, condition.over = _measure(subject, cases, plan.batch_size)
+                if cases.measure == "loss":
+                    given = subject, cases.encoded, plan.batch_size
+                    condition.total, condition.over = losses(*given)
+                else:
+                    condition.texts = _responses(subject, cases, plan.batch_size)
             progress.advance(1)
+    if cases.measure == "label":
+        _call(found, cases)
     return found
 
 
@@ -120,10 +136,8 @@ def rates(subject: Subject, encoded: Sequence[Encoded], batch_size: int) -> np.n
     return np.where(soft_C, mass, counts) / max(tokens, 1)
 
 
-def _measure(subject: Subject, cases: Cases, batch_size: int) -> tuple[np.ndarray, np.ndarray]:
-    if cases.measure == "loss":
-        return losses(subject, cases.encoded, batch_size)
-    assert cases.source is not None and cases.sampling is not None
+def _responses(subject: Subject, cases: Cases, batch_size: int) -> list[str | None]:
+    assert cases.sampling is not None
     names = places(cases.prompts)
     ends = stops(subject.model, subject.tokenizer)
     texts: list[str | None] = []
@@ -133,9 +147,17 @@ def _measure(subject: Subject, cases: Cases, batch_size: int) -> tuple[np.ndarra
             [names[n] for n in numbers], ends,
         )  # fmt: skip
         texts += [subject.tokenizer.decode(row, skip_special_tokens=True) for row in ids]
-    labels = cases.source.label(cases.prompts, texts)
+    return texts
+
+
+def _call(found: Sequence[Condition], cases: Cases) -> None:
+    """What the responses of all conditions are called, at once: a judge is loaded for each call."""
+    assert cases.source is not None
+    texts = [text for condition in found for text in condition.texts]
+    labels = cases.source.label(list(cases.prompts) * len(found), texts)
     hits = np.array([float(label == cases.target) for label in labels])
-    return hits, np.ones(len(hits))
+    for condition, own in zip(found, hits.reshape(len(found), -1), strict=True):
+        condition.total, condition.over = own, np.ones(len(own))
 
 
 def value(cases_measure: Measure, total: np.ndarray, over: np.ndarray) -> float:
@@ -160,7 +182,7 @@ def summarise(found: Sequence[Condition], cases: Cases, tuning: Tuning) -> dict[
         "groups": rows,
         "points": list(_points(found, cases, groups)),
         "conditions": [
-            {"kind": c.kind, "scale": c.scale, "seed": c.seed, "experts": [
+            {"kind": c.kind, "scale": c.scale, "seed": c.seed, "rate": c.rate, "experts": [
                 asdict(e) | {"found": {}} for e in c.edits]}
             for c in found
         ],
@@ -202,9 +224,13 @@ def _mean(condition: Condition, which: np.ndarray) -> float:
     return float(condition.total[which].sum() / condition.over[which].sum())
 
 
-def _interval(plain: Condition, full: Condition, which: np.ndarray) -> tuple[float, float]:
-    """95 % of the paired change, prompts drawn again."""
+def _interval(
+    plain: Condition, full: Condition, which: np.ndarray
+) -> tuple[float | None, float | None]:
+    """95 % of the paired change, prompts drawn again; None of one prompt."""
     before, after, over = plain.total[which], full.total[which], plain.over[which]
+    if len(over) < 2:
+        return None, None
     rng = np.random.default_rng(0)
     drawn = rng.multinomial(len(over), np.full(len(over), 1 / len(over)), size=RESAMPLES)
     changes = (drawn @ (after - before)) / (drawn @ over)

@@ -48,7 +48,9 @@ def text(result: dict[str, Any], tuning: Tuning, about: dict[str, Any]) -> str:
         "",
         *[f"- {_verdict(row, result['target'], of_loss)}" for row in result["groups"]],
         "",
-        f"{CAUTION}",
+        _busy(result["conditions"]),
+        "",
+        CAUTION,
         "",
         "![dose curve](dose.png)",
         "",
@@ -64,9 +66,16 @@ def text(result: dict[str, Any], tuning: Tuning, about: dict[str, Any]) -> str:
         )
     if len(tuning.experts) > 20:
         lines.append(f"| … {len(tuning.experts) - 20} more | | | |")
+    if about.get("text"):
+        lines += ["", "## What should not suffer", "", about["text"]]
     if about.get("tasks"):
         lines += ["", "## Tasks", "", about["tasks"]]
     return "\n".join(lines) + "\n"
+
+
+def table(result: dict[str, Any]) -> str:
+    """A result's table alone."""
+    return "\n".join(_table(result, result["measure"] == "loss"))
 
 
 def _table(result: dict[str, Any], of_loss: bool) -> list[str]:
@@ -74,19 +83,17 @@ def _table(result: dict[str, Any], of_loss: bool) -> list[str]:
     head = ["group", "prompts", "as it is", "tuned", "change", "95 %", *(NAMES[k] for k in kinds)]
     rows = ["| " + " | ".join(head) + " |", "|" + "---|" + "---:|" * (len(head) - 1)]
     for row in result["groups"]:
-        low, high = row["interval"]
         cells = [
-            row["group"],
+            row["group"].replace("|", "\\|"),
             str(row["prompts"]),
             f"{row['plain']:.4g}",
             f"{row['tuned']:.4g}",
             _change(row["change"], of_loss),
-            f"{_change(low, of_loss)} to {_change(high, of_loss)}",
+            _span(row["interval"], of_loss),
         ]
         for kind in kinds:
             changes = row["controls"][kind]["changes"]
-            low, high = min(changes), max(changes)
-            cells.append(f"{_change(low, of_loss)} to {_change(high, of_loss)}")
+            cells.append(_span([min(changes), max(changes)], of_loss))
         rows.append("| " + " | ".join(cells) + " |")
     return rows
 
@@ -96,11 +103,36 @@ def _verdict(row: dict[str, Any], target: str, of_loss: bool) -> str:
     total = sum(len(c["changes"]) for c in row["controls"].values())
     smaller = sum(c["smaller"] for c in row["controls"].values())
     low, high = row["interval"]
-    sure = low > 0 or high < 0
+    sure = low is not None and (low > 0 or high < 0)
     held = f"larger than that of {smaller} of {total} control sets" if total else "without controls"
     mark = " (the target)" if row["group"] == target else ""
     seen = "" if sure else "; over prompts it cannot be told from none"
     return f"{row['group']}{mark}: {_change(row['change'], of_loss)}, {held}{seen}."
+
+
+def _span(ends: list[float | None], of_loss: bool) -> str:
+    low, high = ends
+    if low is None or high is None:
+        return "one prompt"
+    return f"{_change(low, of_loss)} to {_change(high, of_loss)}"
+
+
+def _busy(conditions: list[dict[str, Any]]) -> str:
+    """How busy the experts of each kind are: what matching by it came to."""
+    full = max(len(c["experts"]) for c in conditions)
+    rates: dict[str, list[float]] = {}
+    for condition in conditions:
+        if len(condition["experts"]) == full:
+            rates.setdefault(condition["kind"], []).append(condition["rate"])
+    parts = []
+    for kind, some in rates.items():
+        span = sorted({f"{rate:.3g}" for rate in some}, key=float)
+        parts.append(f"{NAMES.get(kind, kind)} {' to '.join(dict.fromkeys((span[0], span[-1])))}")
+    sets = {k: sum(c["kind"] == k for c in conditions) for k in NAMES if k in rates}
+    return (
+        f"Share of tokens that these experts are on for, mean of a set: {', '.join(parts)}. "
+        f"Different sets: {', '.join(f'{n} {NAMES[k]}' for k, n in sets.items())}."
+    )
 
 
 def _change(change: float, of_loss: bool) -> str:

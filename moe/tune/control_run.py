@@ -63,9 +63,12 @@ def run(request: Request, say: Say, quiet: bool) -> tuple[dict[str, Any], str]:
     tuning = subject.tuning
     assert tuning is not None
     tuning.scale = subject.scale
+    for odd in tuning.cautions(subject.sites):
+        say(f"note: {odd}")
     cases = _cases(subject, prompts, source, target, request)
-    if request.text is not None:
-        cases = _with_text(subject, cases, request.text)
+    pieces = None if request.text is None else _text(subject, request.text)
+    if pieces is not None and cases.measure == "loss":
+        cases = _with_text(cases, pieces)
     plan = Plan(
         kinds=request.kinds,  # type: ignore[arg-type]  # checked
         seeds=request.seeds,
@@ -74,6 +77,9 @@ def run(request: Request, say: Say, quiet: bool) -> tuple[dict[str, Any], str]:
     found = control(subject, tuning, cases, plan, quiet)
     result = summarise(found, cases, tuning)
     about: dict[str, Any] = {"model": subject.identity, "tuning": tuning.summary()}
+    if pieces is not None and cases.measure == "label":
+        beside = control(subject, tuning, pieces, plan, quiet)
+        about["text"] = control_report.table(summarise(beside, pieces, tuning))
     if request.tasks is not None:
         del subject.model  # the harness loads its own
         about["tasks"] = _tasks(request, tuning, say)
@@ -114,8 +120,27 @@ def _checked(request: Request) -> tuple[list[Prompt], Labels, str]:
             )
     if source is not None and "prompts" in found:
         problems += problem(source.check, found["prompts"])
+    problems += _task_problems(request)
     raise_all(problems)
+    if request.measure == "label" and source is not None and target not in (source.names or ()):
+        raise UserError(
+            f"no response can be called {target!r}: --labels {request.labels} has "
+            f"{', '.join(source.names or ())}. Give --target one of them."
+        )
     return found["prompts"], found["labels"], target
+
+
+def _task_problems(request: Request) -> list[str]:
+    """Tasks that do not exist, said before anything is measured."""
+    if request.tasks is None:
+        return []
+    from moe.evals.run import find_tasks
+
+    return problem(find_tasks, _names(request.tasks), None, request.data)
+
+
+def _names(tasks: str) -> list[str]:
+    return [name.strip() for name in tasks.split(",") if name.strip()]
 
 
 def _cases(
@@ -146,11 +171,11 @@ def _cases(
     encoded = encode(prompts, subject.tokenizer, request.chat, longest, room)
     if request.measure == "loss":
         short = [p.line for p, e in zip(prompts, encoded, strict=True)
-                 if len(e.prompt) < 2 and not e.response]  # fmt: skip
+                 if e.response == [] or (len(e.prompt) < 2 and not e.response)]  # fmt: skip
         if short:
             raise UserError(
-                f"{prompt_files.say_lines(short)}: one token has no likelihood given others. Leave "
-                "them out."
+                f"{prompt_files.say_lines(short)}: an empty response, or a prompt of one token, "
+                "has no likelihood. Leave them out."
             )
     return Cases(
         prompts=prompts, encoded=encoded, groups=names, measure=request.measure, target=target,
@@ -158,11 +183,12 @@ def _cases(
     )  # fmt: skip
 
 
-def _with_text(subject: Subject, cases: Cases, path: Path) -> Cases:
-    """The cases, and a text in windows as one more group. Raises UserError for too short a text."""
-    if cases.measure != "loss":
-        raise UserError("--text measures perplexity: it goes with --measure loss. Or use --tasks.")
-    ids = subject.tokenizer(path.read_text())["input_ids"]
+def _text(subject: Subject, path: Path) -> Cases:
+    """A text in windows, as a group of its own. Raises UserError for one that is too short."""
+    try:
+        ids = subject.tokenizer(path.read_text())["input_ids"]
+    except (OSError, UnicodeDecodeError) as error:
+        raise UserError(f"--text {path} cannot be read as text: {error}.") from error
     pieces = windows(ids, WINDOW, MOST)
     if len(pieces) < 2:
         raise UserError(f"--text {path} has {len(ids)} tokens: give {2 * WINDOW} or more.")
@@ -171,11 +197,17 @@ def _with_text(subject: Subject, cases: Cases, path: Path) -> Cases:
         Prompt(line=n, text=f"{group} {n}", messages=None, response=None, fields={})
         for n in range(len(pieces))
     ]
+    groups = [group] * len(rows)
+    return Cases(prompts=rows, encoded=pieces, groups=groups, measure="loss", target=group)
+
+
+def _with_text(cases: Cases, more: Cases) -> Cases:
+    """One more group."""
     return replace(
         cases,
-        prompts=[*cases.prompts, *rows],
-        encoded=[*cases.encoded, *pieces],
-        groups=[*cases.groups, *[group] * len(pieces)],
+        prompts=[*cases.prompts, *more.prompts],
+        encoded=[*cases.encoded, *more.encoded],
+        groups=[*cases.groups, *more.groups],
     )
 
 
@@ -186,7 +218,7 @@ def _tasks(request: Request, tuning: Tuning, say: Say) -> str:
     logging.getLogger("lm_eval").setLevel(logging.ERROR)
     from moe.evals import run as harness
 
-    names = [name.strip() for name in (request.tasks or "").split(",") if name.strip()]
+    names = _names(request.tasks or "")
     report = harness.evaluate(
         [request.model, request.model], names, None, request.data, request.task_limit,
         request.batch_size, say=say, tuning=tuning,

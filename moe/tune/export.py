@@ -50,7 +50,8 @@ def export_tuned(
     """
     if store.is_checkpoint(model):
         raise UserError(
-            f"{model} is a training checkpoint. Use moe export {model} --to hf --out DIR first."
+            f"{model} is a training checkpoint. Use moe export {model} --to hf --out DIR first, "
+            "and --other-model with a tuning of the checkpoint: it holds the same weights."
         )
     if out.resolve().is_relative_to(model.resolve()):
         raise UserError(f"--out {out} lies in the model's folder. Choose another.")

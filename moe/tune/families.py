@@ -196,12 +196,15 @@ def _nothing_found(model: nn.Module, family: str) -> str:
         )
     suspects = sorted(
         {
-            type(module).__name__
-            for _, module in model.named_modules()
-            if any(word in type(module).__name__.lower() for word in ("router", "gate", "gating"))
+            f"{type(module).__name__} ({name.rpartition('.')[2]})"
+            for name, module in model.named_modules()
+            if name.rpartition(".")[2] in ("router", "gate", "gating")
+            or any(word in type(module).__name__.lower() for word in ("router", "gating"))
         }
     )
-    candidates = f" Its modules {', '.join(suspects)} may be the routers." if suspects else ""
+    if not suspects:
+        return f"this {family} has no router: is it dense? Mixtures known here are {known}."
+    candidates = f" Its modules {', '.join(suspects)} may be the routers."
     return (
         f"family {family!r} is not known here; known are {known}. An entry in "
         "moe/tune/families.py would need: the class of its router, whether that returns logits, "

@@ -42,6 +42,8 @@ def run(
         return
     if subject.tuning is not None:
         typer.echo(said, err=True)
+        for odd in subject.tuning.cautions(subject.sites):
+            typer.echo(f"note: {odd}", err=True)
     for number, (text, response) in enumerate(zip(prompt, responses, strict=True)):
         if len(prompt) > 1:
             typer.echo(("\n" if number else "") + f"> {text}")

@@ -32,6 +32,8 @@ See = Callable[[int, Tensor, Tensor, Tensor | None], None]
 def tuned(model: nn.Module, tuning: Tuning | None, scale: float | None = None) -> Iterator[None]:
     """The model with a tuning, at its own scale unless another is given; without one as it is.
 
+    A copy of the model that is made inside keeps the tuning.
+
     Raises UserError where the tuning does not fit the model, or another one is at work in it.
     """
     if tuning is None:
@@ -113,10 +115,19 @@ def _steered(model: nn.Module, site: Site, steering: Steering) -> Iterator[None]
     places = check(router, family, site.module)
     hook = _Mark(override(router, family, places, steering))
     handle = router.register_forward_hook(hook, prepend=True)  # before eyes that were there
+    block: Any = model.get_submodule(site.module.rpartition(".")[0])
+    beside = block.register_forward_hook(hook.passed)
     try:
         yield
     finally:
         handle.remove()
+        beside.remove()
+    if hook.passed_by and not hook.called:
+        raise UserError(
+            f"{site.module} was never called while its block ran: something computes "
+            f"{type(block).__name__} without its router, so the tuning did nothing. Load the model "
+            "without kernels that replace whole blocks."
+        )
 
 
 class _Mark:
@@ -124,9 +135,15 @@ class _Mark:
 
     def __init__(self, hook: Callable[..., Any]) -> None:
         self.hook = hook
+        self.called = self.passed_by = False  # no counts: compiled code would be made for each
 
     def __call__(self, *given: Any) -> Any:
+        self.called = True
         return self.hook(*given)
+
+    def passed(self, *given: Any) -> None:
+        """The block around the router has run."""
+        self.passed_by = True
 
 
 @contextlib.contextmanager

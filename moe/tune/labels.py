@@ -28,6 +28,10 @@ class Labels(Protocol):
     @property
     def needs_response(self) -> bool: ...
 
+    @property
+    def names(self) -> list[str] | None:
+        """All that there are; None where that depends on the prompts."""
+
     def check(self, prompts: Sequence[Prompt]) -> None:
         """Raise UserError where these prompts cannot be labelled."""
 
@@ -46,6 +50,7 @@ class Field:
     name: str = FIELD
     asked: bool = False
     needs_response = False
+    names = None
 
     def check(self, prompts: Sequence[Prompt]) -> None:
         values = [(p.line, p.fields.get(self.name)) for p in prompts]
@@ -76,6 +81,10 @@ class Rules:
     @property
     def needs_response(self) -> bool:
         return self.on == "response"
+
+    @property
+    def names(self) -> list[str]:
+        return [*self.labels, *([self.default] if self.default is not None else [])]
 
     def check(self, prompts: Sequence[Prompt]) -> None:
         """Rules fit any prompts."""
@@ -111,6 +120,10 @@ class Judge:
     @property
     def needs_response(self) -> bool:
         return "response" in self._names()
+
+    @property
+    def names(self) -> list[str]:
+        return list(self.doc_to_choice)
 
     def check(self, prompts: Sequence[Prompt]) -> None:
         names = self._names() - {"prompt", "response"}

@@ -112,7 +112,9 @@ def permanent(
     change.notes.append(f"{tuning.semantics} of {len(tuning.experts)} experts in {where}")
     if tuning.semantics == "pre_topk":
         change.notes.append("pre_topk is pre_select here, where no group of experts is limited")
-    raise_all(_inexact(change.plan))
+    rounded = _inexact(change.plan)
+    more = [f"and {len(rounded) - 3} more tensors like these."] if len(rounded) > 3 else []
+    raise_all([*rounded[:3], *more])
     return change
 
 

@@ -88,12 +88,12 @@ def heatmap(
             ax.set_title(f"{panel.part}" if len(panels) > 1 else "", fontsize=9)
         axes[0].set_ylabel("layer")
         ends = f"; colour ends at ±{limit:.3g}, {clipped:,} beyond" if clipped else ""
-        figure.suptitle(title, fontsize=10)
+        figure.suptitle(literal(title), fontsize=10)
         extend: Any = "both" if clipped else "neither"
         colours = figure.colorbar(
             mesh, ax=axes + bars, location="bottom", shrink=0.6, aspect=40, extend=extend
         )
-        colours.set_label(f"{label}{ends}")
+        colours.set_label(literal(f"{label}{ends}"))
         figure.legend(handles=_legend(panels), loc="outside lower center", ncols=3, frameon=False)
         _save(figure, path)
     return figure
@@ -208,9 +208,9 @@ def dose_curve(points: list[dict[str, Any]], path: Path, ylabel: str, title: str
             for ax, label in zip(axes[row], labels, strict=True):
                 _curves(ax, [point for point in points if point["label"] == label], *doses[row])
                 ax.set_xlabel(f"{dose} ({other} {fixed:g})")
-                ax.set_title(label if row == 0 else "", fontsize=9)
-            axes[row][0].set_ylabel(ylabel)
-        figure.suptitle(title, fontsize=10)
+                ax.set_title(literal(label) if row == 0 else "", fontsize=9)
+            axes[row][0].set_ylabel(literal(ylabel))
+        figure.suptitle(literal(title), fontsize=10)
         handles: dict[str, Any] = {}
         for ax in axes.flat:
             handles |= dict(zip(*reversed(ax.get_legend_handles_labels()), strict=True))
@@ -274,6 +274,11 @@ def _curves(ax: Axes, points: list[dict[str, Any]], dose: str, other: str, fixed
         ax.set_xticks(xs, [f"{x:g}" for x in xs])
         ax.minorticks_off()
     ax.spines[["top", "right"]].set_visible(False)
+
+
+def literal(text: str) -> str:
+    """The text as it is: between dollars matplotlib would read formulas."""
+    return text.replace("$", r"\$")
 
 
 def _save(figure: Figure, path: Path) -> None:

@@ -47,7 +47,8 @@ def read(path: Path, limit: int | None = None) -> list[Prompt]:
     Raises UserError with what is wrong in the file, line by line.
     """
     try:
-        lines = path.read_text().split("\n")  # what else ends a line may stand in a string
+        # what else ends a line may stand in a string
+        lines = path.read_text(encoding="utf-8-sig").split("\n")
     except (OSError, UnicodeDecodeError) as error:
         reason = error.strerror if isinstance(error, OSError) else "not text"
         raise UserError(f"{path}: {reason}. Give a file of JSON lines, one prompt each.") from error
@@ -144,6 +145,9 @@ def rendered(messages: list[dict[str, Any]], tokenizer: Any) -> str:
 
 
 def _encode(text: str, response: str | None, special: bool, tokenizer: Any) -> Encoded:
+    if any("\ud800" <= letter <= "\udfff" for letter in text + (response or "")):
+        raise UserError("it is not text: half a character, or bytes that are not UTF-8.")
+
     def ids(of: str, special: bool = False) -> list[int]:
         return list(tokenizer(of, add_special_tokens=special)["input_ids"])
 

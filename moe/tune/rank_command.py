@@ -68,9 +68,10 @@ def rank(
         recorded, target, vs, score=score, part=among, held_out=held_out, seed=seed
     )
     chosen = _choose(ranking, top, least)
-    notes = [*_findings(ranking, chosen, least), *ranking.notes]
     tuning = _tuning(recorded, ranking, chosen, action, semantics)
     tuning.check(recorded.sites)
+    odd = tuning.cautions(recorded.sites)
+    notes = [*_findings(ranking, chosen, least), *odd, *ranking.notes]
     tuning.created_from = hash_trace(trace)
     tuning.method = _method(recorded, ranking, vs, part, least, seed)
     tuning.method |= {"top": top, "notes": notes}
@@ -97,8 +98,8 @@ def _words(
 ) -> list[str]:
     """What is wrong with the options by themselves."""
     from moe.tune.families import PARTS
+    from moe.tune.legality import ACTION, SEMANTICS
     from moe.tune.scores import SCORES
-    from moe.tune.tuning import ACTION, SEMANTICS
 
     found = []
     for name, value, known in (

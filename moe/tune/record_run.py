@@ -49,7 +49,11 @@ def run(request: Request, say: Callable[[str], None]) -> dict[str, Any]:
     )
     if done := len(partial.read()):
         say(f"{partial.folder}: {done} of {len(prompts)} prompts are there, going on")
-    trace = record(subject, prompts, encoded, request.recording, partial)
+    try:
+        trace = record(subject, prompts, encoded, request.recording, partial)
+    except KeyboardInterrupt:
+        say(f"stopped; what is done is in {partial.folder}, and the same command goes on")
+        raise
     del subject.model  # a judge takes its place
     responses = [row["response"] for row in trace.rows]
     for row, label in zip(trace.rows, source.label(prompts, responses), strict=True):

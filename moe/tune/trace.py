@@ -65,7 +65,8 @@ class Trace:
             _check(trace)
         except (ValueError, KeyError, TypeError, AttributeError, OSError, EOFError,
                 zipfile.BadZipFile, RecursionError) as error:  # fmt: skip
-            raise Corrupt(f"{path} is not a trace ({error}). Record it again.") from error
+            reason = "not an npz file" if "pickle" in str(error) else error
+            raise Corrupt(f"{path} is not a trace ({reason}). Record it again.") from error
         return trace
 
 

@@ -12,23 +12,19 @@ Semantics say where in a router an action takes place; four that differ, so a tu
 """
 
 import json
-import math
-import re
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Any, Literal, get_args
+from typing import Any
 
 from moe.errors import UserError, raise_all
 from moe.hf.loading import identity
-from moe.model.steering import ALWAYS
-from moe.tune.families import PARTS, Part, Site
+from moe.tune import legality
+from moe.tune.families import Part, Site
+from moe.tune.legality import Semantics
 
 FORMAT = "moe-tuning/1"
-Semantics = Literal["post_zero", "post_renorm", "pre_topk", "pre_select"]
-SEMANTICS: tuple[Semantics, ...] = get_args(Semantics)
-ACTION = re.compile(r"off|force|(gain|bias):([-+]?\d*\.?\d+(?:[eE][-+]?\d+)?)")
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -59,7 +55,12 @@ class Tuning:
     """Edits, where in the router they take place, and how much of them (`scale`, 0 to 1).
 
     At scale s a gain g is 1 + s (g - 1) (off: g = 0), a bias b is s b, and off or force before the
-    choice is a bias of log(1 - s) or -log(1 - s): nothing at 0, all of it at 1.
+    choice is a bias of log(1 - s) or -log(1 - s): nothing at 0, all of it at 1. A bias is added to
+    logits, or with a selection bias to scores, which lie in 0 to 1 where they are sigmoids: there
+    ½ is most of it already, and an expert of another group is forced at 1 alone.
+
+    The first tokens of a sequence (`sink_tokens`) visit every expert of a union's attention, those
+    off before the choice too.
     """
 
     semantics: Semantics
@@ -90,7 +91,7 @@ class Tuning:
             raise UserError(
                 f"{path}: layer_index={body.get('layer_index')!r} is unknown. Use 'absolute'."
             )
-        raise_all([f"{path}: {text}" for text in _problems(body)])
+        raise_all([f"{path}: {text}" for text in legality.problems(body)])
         edits = [Edit(**entry) for entry in body["experts"]]
         known = ("semantics", "scale", "model", "shape", "method", "created_from")
         return cls(experts=edits, **{key: body[key] for key in known if key in body})
@@ -106,13 +107,18 @@ class Tuning:
 
     def check(self, sites: Sequence[Site]) -> None:
         """Raise UserError where the tuning does not fit a model's routers, all reasons at once."""
+        raise_all(legality.problems(asdict(self)))
         shape = shape_of(sites)
         if self.shape and self.shape != shape:
             raise UserError(
                 f"this tuning is for another shape of model: {_describe(self.shape)}, not "
                 f"{_describe(shape)}."
             )
-        raise_all(_misfits(self, sites))
+        raise_all(legality.misfits(self, sites))
+
+    def cautions(self, sites: Sequence[Site]) -> list[str]:
+        """What it does to these routers that its words do not say, a sentence each."""
+        return legality.cautions(self, sites)
 
     def check_model(self, model: dict[str, str]) -> None:
         """Raise UserError where the model's identity is another than that it was made for."""
@@ -146,133 +152,3 @@ def _describe(shape: list[list[Any]]) -> str:
     sizes = sorted({(part, experts, top_k) for _, part, experts, top_k in shape})
     kinds = ", ".join(f"{part} {top_k} of {experts}" for part, experts, top_k in sizes)
     return f"{len(shape)} routers ({kinds})"
-
-
-def _problems(body: dict[str, Any]) -> list[str]:
-    """What a tuning's JSON has wrong before any model is looked at."""
-    found = []
-    if body.get("semantics") not in SEMANTICS:
-        found.append(
-            f"semantics={body.get('semantics')!r} is unknown. Use one of {', '.join(SEMANTICS)}."
-        )
-    scale = body.get("scale", 1.0)
-    if not _number(scale) or not 0 <= scale <= 1:
-        found.append(f"scale={scale!r} must be between 0 and 1.")
-    for key, kind in (("model", dict), ("shape", list), ("method", dict)):
-        if not isinstance(body.get(key, kind()), kind):
-            found.append(f"{key} is not a {kind.__name__}.")
-    for entry in body["shape"] if isinstance(body.get("shape"), list) else ():
-        whole = isinstance(entry, list) and len(entry) == 4 and entry[1] in PARTS
-        if not whole or not all(_whole(n) for n in (entry[0], entry[2], entry[3])):
-            found.append(f"shape has {entry!r}, not [layer, part, experts, top_k].")
-            break
-    entries = body.get("experts")
-    if not isinstance(entries, list) or not entries:
-        return [*found, "experts is not a list with at least one entry."]
-    for entry in entries:
-        found += _entry_problems(entry)
-    return found
-
-
-def _entry_problems(entry: Any) -> list[str]:
-    if not isinstance(entry, dict):
-        return [f"experts has {entry!r}, not an object."]
-    found = []
-    unknown = sorted(set(map(str, entry)) - {"layer", "expert", "part", "action", "found"})
-    if unknown:
-        found.append(f"experts: {', '.join(unknown)} is not a field of an entry.")
-    for key in ("layer", "expert"):
-        if not _whole(entry.get(key)):
-            found.append(f"experts: {key}={entry.get(key)!r} is not a whole number from 0 on.")
-    if entry.get("part", "mlp") not in PARTS:
-        found.append(f"experts: part={entry['part']!r} is unknown. Use one of {', '.join(PARTS)}.")
-    action = entry.get("action", "off")
-    match = ACTION.fullmatch(action) if isinstance(action, str) else None
-    if match is None:
-        found.append(f"experts: action={action!r} is unknown. Use off, force, gain:G or bias:B.")
-    elif match[2] and not abs(float(match[2])) < ALWAYS:
-        found.append(
-            f"experts: action={action!r}: use a number between -{ALWAYS:g} and {ALWAYS:g}."
-        )
-    if not isinstance(entry.get("found", {}), dict):
-        found.append("experts: found is not an object.")
-    return found
-
-
-def _number(value: Any) -> bool:
-    return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
-
-
-def _whole(value: Any) -> bool:
-    return isinstance(value, int) and not isinstance(value, bool) and value >= 0
-
-
-def _misfits(tuning: Tuning, sites: Sequence[Site]) -> list[str]:
-    """Every edit that no site has room for, and every site asked for more than it can do."""
-    found = []
-    by_place = {(site.layer, site.part): site for site in sites}
-    edits: dict[tuple[int, Part], list[Edit]] = {}
-    for edit in tuning.experts:
-        site = by_place.get((edit.layer, edit.part))
-        if site is None:
-            layers = sorted({s.layer for s in sites if s.part == edit.part})
-            there = f"{layers[0]} to {layers[-1]}" if layers else "none"
-            found.append(f"{edit}: no router there; layers with one in the {edit.part}: {there}.")
-        elif edit.expert >= site.experts:
-            found.append(f"{edit}: experts there are 0 to {site.experts - 1}.")
-        else:
-            found += [f"{edit}: {reason}" for reason in _unfit(edit, tuning.semantics, site)]
-            edits.setdefault((edit.layer, edit.part), []).append(edit)
-    for place, some in edits.items():
-        found += _overdone(by_place[place], some, tuning)
-    return found
-
-
-def _unfit(edit: Edit, semantics: Semantics, site: Site) -> list[str]:
-    """Why an action has no meaning at a site."""
-    before = semantics.startswith("pre_")
-    if edit.kind == "gain" and before:
-        return [f"{semantics} acts on the choice, a gain on weights. Use post_zero or post_renorm."]
-    if edit.kind in ("force", "bias") and not before:
-        return [f"{semantics} acts after the choice. Use pre_topk or pre_select."]
-    if before and edit.expert in site.always:
-        return ["it is on for every token, so no choice concerns it. Use post_zero or post_renorm."]
-    if site.kind == "bam":
-        if semantics == "pre_topk":
-            return ["every attention expert is on, there is no top-k. Use pre_select or post_…."]
-        if edit.kind == "force":
-            return ["every attention expert is on already. Use bias:B."]
-    if site.mode in ("expert_choice", "sequence") and before:
-        return [f"mode {site.mode} does not choose token by token. Use post_zero or post_renorm."]
-    return []
-
-
-def _overdone(site: Site, edits: list[Edit], tuning: Tuning) -> list[str]:
-    """More forced than a token has places, or fewer left than it takes."""
-    experts = [edit.expert for edit in edits]
-    if twice := sorted({e for e in experts if experts.count(e) > 1}):
-        return [f"{site.name}: experts {twice} have more than one entry."]
-    if tuning.semantics.startswith("post_"):
-        return []
-    places = site.top_k - len(site.always)
-    forced = sum(edit.kind == "force" for edit in edits)
-    if forced > places:
-        return [f"{site.name}: {forced} experts are forced, a token has {places} places."]
-    off = {edit.expert for edit in edits if edit.kind == "off"}
-    size = site.experts // site.groups
-    left = [
-        sum(e not in off for e in range(g * size, (g + 1) * size))
-        - (len(site.always) if g == 0 else 0)
-        for g in range(site.groups)
-    ]
-    if tuning.semantics == "pre_select" and site.top_groups < site.groups:
-        reachable = [n for n in left if n >= min(2, size)]  # others come last of all groups
-        left = reachable if len(reachable) >= site.top_groups else left
-    least = sum(sorted(left)[: site.top_groups])
-    needed = 1 if site.kind == "bam" else places
-    if least < needed:
-        return [
-            f"{site.name}: {len(off)} of {site.experts} experts off leave {least} to choose from, "
-            f"and a token takes {needed}. Use post_zero or post_renorm, or fewer experts."
-        ]
-    return []

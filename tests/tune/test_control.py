@@ -215,3 +215,47 @@ def test_prompts_that_ranked_are_left_out_and_none_left_is_an_error(behaviour, t
     result = moe("tune", "control", folder / "model", "--tuning", folder / "tuning.json",
                  "--prompts", seen, "--out", tmp_path / "o")  # fmt: skip
     assert result.code == 2 and "were used to rank these experts" in result.err
+
+
+def test_sets_are_different_and_busy_ones_are_said_to_be(behaviour, tmp_path):
+    folder, _ = behaviour
+    result = run(folder, tmp_path / "out", "--kind", "rate_matched", "--seeds", 3)
+    sets = [c["experts"] for c in result["conditions"] if c["kind"] == "rate_matched"]
+    assert len(sets) == 3 and all(a != b for n, a in enumerate(sets) for b in sets[:n])
+    rates = [c["rate"] for c in result["conditions"] if len(c["experts"]) == 5]
+    page = (tmp_path / "out" / "report.md").read_text()
+    assert f"tuned {rates[0]:.3g}" in page and "3 as busy experts" in page
+
+
+def test_no_set_counts_twice():
+    from moe.tune.control import Plan, conditions
+
+    found = [site(0, experts=4)]
+    subject = Subject(folder=None, model=None, tokenizer=None, sites=found, identity={},
+                      tuning=None, scale=1.0)  # fmt: skip
+    tuning = tuning_of([Edit(layer=0, expert=0), Edit(layer=0, expert=1)], found)
+    plan = Plan(kinds=("layer_matched",), seeds=20)
+    made = conditions(tuning, subject, np.zeros(4), plan)
+    assert [c.seed for c in made if c.kind == "layer_matched"] == [0]  # {2, 3} is all there is
+
+
+MORE_BAD = {
+    "a label that no rule has": (("--measure", "label", "--labels", "RULES", "--target", "NONE"),
+                                 "no response can be called 'NONE'"),
+    "a task that does not exist": (("--tasks", "local_piqq"), "task 'local_piqq' does not exist"),
+    "a text that is none": (("--text", "BYTES"), "cannot be read as text"),
+}  # fmt: skip
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("case", MORE_BAD)
+def test_bad_input_is_found_before_anything_is_measured(behaviour, tmp_path, case):
+    folder, _ = behaviour
+    more, expected = MORE_BAD[case]
+    (tmp_path / "bytes").write_bytes(b"\xff\xfe\xff")
+    names = {"RULES": folder / "rules.yaml", "BYTES": tmp_path / "bytes"}
+    result = moe("tune", "control", folder / "model", "--tuning", folder / "tuning.json",
+                 "--prompts", folder / "model" / "prompts.jsonl", "--out", tmp_path / "o",
+                 *(names.get(word, word) for word in more))  # fmt: skip
+    assert result.code == 2 and expected in result.err, result.err
+    assert not (tmp_path / "o").exists() and "conditions" not in result.err

@@ -13,7 +13,8 @@ from torch.nn import functional as F
 from moe.errors import UserError
 from moe.tune.families import FAMILIES, Site, sites
 from moe.tune.intervene import tuned, watching
-from moe.tune.tuning import SEMANTICS, Edit, Tuning
+from moe.tune.legality import SEMANTICS
+from moe.tune.tuning import Edit, Tuning
 
 OURS = [name for name in mixtures.OURS if name.startswith("moe")]
 # per semantics, what is done to the four experts that most tokens chose

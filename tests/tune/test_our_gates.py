@@ -11,7 +11,8 @@ import torch
 from moe.errors import UserError
 from moe.tune.families import sites
 from moe.tune.intervene import tuned, watching
-from moe.tune.tuning import SEMANTICS, Edit, Tuning
+from moe.tune.legality import SEMANTICS
+from moe.tune.tuning import Edit, Tuning
 
 AFTER = [("off", "gain:0.25"), ("gain:3", "off")]
 BEFORE = [("off", "bias:-0.4"), ("bias:0.3", "force")]

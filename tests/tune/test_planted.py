@@ -12,7 +12,8 @@ from torch.nn import functional as F
 from moe.hf.loading import load_model, load_tokenizer
 from moe.tune.families import columns, sites
 from moe.tune.intervene import tuned, watching
-from moe.tune.tuning import SEMANTICS, Edit, Semantics, Tuning
+from moe.tune.legality import SEMANTICS, Semantics
+from moe.tune.tuning import Edit, Tuning
 
 # signal: a planted expert's logit over the spread of the others', so 4 is on for most marked tokens
 # and 2.5 for some; 3 of 10 tokens of one class are marked and 1 of 50 of the other's.

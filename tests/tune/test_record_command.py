@@ -138,7 +138,7 @@ def test_a_model_without_a_tokenizer_or_without_routers(tmp_path):
     recordings.tiny.dense_model().save_pretrained(tmp_path / "dense")
     recordings.tokenizer().save_pretrained(tmp_path / "dense")
     result = record(tmp_path / "dense", file, tmp_path / "t.npz")
-    assert result.code == 2 and "'llama' is not known here" in result.err
+    assert result.code == 2 and "this llama has no router: is it dense?" in result.err
 
 
 def test_a_folder_with_other_settings_is_refused(model, tmp_path):

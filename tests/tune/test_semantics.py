@@ -12,7 +12,8 @@ from moe.errors import UserError
 from moe.hf.loading import load_model
 from moe.tune.families import sites
 from moe.tune.intervene import tuned, watching
-from moe.tune.tuning import SEMANTICS, Edit, Tuning
+from moe.tune.legality import SEMANTICS
+from moe.tune.tuning import Edit, Tuning
 
 RENORMALISING = ("post_renorm", "pre_topk", "pre_select")
 

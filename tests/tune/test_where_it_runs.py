@@ -59,7 +59,12 @@ def test_prompts_of_a_batch_with_padding_on_the_left_are_as_alone(name):
 
 @pytest.mark.slow
 @pytest.mark.parametrize(
-    ("name", "semantics"), [("moe", "pre_topk"), ("moh", "post_renorm"), ("mixtral", "pre_topk")]
+    ("name", "semantics"),
+    [
+        pytest.param("moe", "pre_topk", marks=pytest.mark.full),
+        pytest.param("moh", "post_renorm", marks=pytest.mark.full),
+        ("mixtral", "pre_topk"),
+    ],
 )
 def test_what_was_compiled_before_feels_it_and_its_end(name, semantics):
     model = mixtures.build(name)
