@@ -29,5 +29,6 @@ fi
 "$bin/python" bench/sparse_heads.py --out "$out"
 "$bin/python" bench/tune_record.py --out "$out"
 "$bin/python" bench/scaling.py --out "$out"
+"$bin/python" bench/checkpoint.py --out "$out" --work .bench
 "$bin/python" bench/upcycle_copy.py --source "$weights" --moe "$bin/moe" \
     --mergekit "$peer/bin/mergekit-moe" --work .bench/work --out "$out"

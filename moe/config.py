@@ -35,6 +35,8 @@ class Data(Section):
     sequence_length: int = Field(1024, gt=0)
     document_boundaries: Literal["none", "positions", "attention"] = "none"
     """positions restart at each document; attention does not cross documents either."""
+    restart: bool = False
+    """Where a checkpoint has seen other data, these begin with their first sample."""
 
 
 class Train(Section):
@@ -114,6 +116,10 @@ class Checkpoint(Section):
     every: int = Field(500, gt=0)
     keep: int = Field(3, gt=0)
     """Newest checkpoints to keep."""
+    keep_every: int | None = Field(None, gt=0)
+    """Checkpoints of multiples of so many steps are kept for good."""
+    asynchronous: bool = True
+    """Train on while a checkpoint is written, from a copy in the host's memory."""
 
 
 class Evaluation(Section):

@@ -185,11 +185,12 @@ def validation(out: Path) -> float:
 
 
 def checkpoint(out: Path, step: int) -> dict[str, torch.Tensor]:
-    """Every tensor of a checkpoint, whole, under `kind/name`."""
+    """Every tensor of a checkpoint but generators, whole, under `kind/name`."""
     with store.Reader(out / "checkpoints" / f"step-{step}") as reader:
         return {
             key: reader.block(key, (0,) * len(record.shape), record.shape)
             for key, record in reader.manifest.tensors.items()
+            if record.kind != "rng"
         }
 
 

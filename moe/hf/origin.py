@@ -17,7 +17,7 @@ from moe.hf.inspect import checkpoint_steps
 from moe.upcycle.expression import Concat, Expression, Read
 from moe.upcycle.rearrange import Tiles
 from moe.upcycle.receipt import Receipt
-from moe.upcycle.source import Source, StoredTensor, hash_file, read_config, read_header
+from moe.upcycle.source import Source, StoredTensor, hash_file, read_config
 
 Plan = dict[str, Expression]
 
@@ -48,17 +48,11 @@ class Origin:
 
 
 def _checkpoint(path: Path) -> Origin:
-    if problems := store.check(path):
-        raise Corrupt("\n".join(problems))
+    if damage := store.check(path):
+        raise Corrupt("\n".join(map(str, damage)))
     manifest = Manifest.read(path)
-    pieces = {
-        (name, key): tensor
-        for name in manifest.files
-        if name.endswith(".safetensors")
-        for key, tensor in read_header(path / name).items()
-    }
     plan = {
-        key.split("/", 1)[1]: _whole(record, pieces)
+        key.split("/", 1)[1]: _whole(path, key, record)
         for key, record in manifest.tensors.items()
         if record.kind in ("parameter", "buffer")
     }
@@ -66,10 +60,17 @@ def _checkpoint(path: Path) -> Origin:
     return Origin(path, read_config(path), plan, [], checkpoint_steps(manifest), files)
 
 
-def _whole(record: TensorRecord, pieces: dict[tuple[str, str], StoredTensor]) -> Expression:
+def _whole(folder: Path, key: str, record: TensorRecord) -> Expression:
     """A tensor from the blocks that ranks stored, in whichever way they divide it."""
     parts = sorted(record.pieces, key=lambda piece: piece.offset)
-    reads = tuple(Read(pieces[p.file, p.key]) for p in parts)
+    reads = tuple(
+        Read(
+            StoredTensor(
+                key, folder / p.file, record.torch_dtype, p.shape, p.start, record.size_of(p)
+            )
+        )
+        for p in parts
+    )
     if len(reads) == 1:
         return reads[0]
     if all(p.shape[1:] == record.shape[1:] for p in parts):

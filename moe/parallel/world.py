@@ -47,10 +47,12 @@ class Ranks:
     def data_size(self) -> int:
         return self.size // self.tensor
 
-    def sum(self, tensor: Tensor) -> Tensor:
-        """Sum over all batches, in place: of ranks that share one, the first counts."""
+    def sum(self, tensor: Tensor, every: int = 0) -> Tensor:
+        """Sum over all batches, in place: of ranks that share one, the first counts. The last
+        `every` values of a vector are summed over all ranks.
+        """
         if self.rank % self.tensor:
-            tensor.zero_()
+            (tensor[:-every] if every else tensor).zero_()
         if self.size > 1:
             distributed.all_reduce(tensor)
         return tensor

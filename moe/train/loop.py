@@ -17,9 +17,10 @@ from moe.config import RunConfig
 from moe.data.dataset import build_dataset
 from moe.data.manifest import read_manifest
 from moe.data.sampler import Batches, validation_batches
-from moe.engines.base import Engine, check_patterns
+from moe.engines.base import Engine
 from moe.errors import MoeError, UserError, problem, raise_all
 from moe.hf.families import routed_config
+from moe.hf.loading import load_model as load_trained
 from moe.model import LayerLoad, RoutedLlamaConfig, RoutedLlamaForCausalLM
 from moe.model.accounting import flops_per_token
 from moe.model.losses import update_selection_bias
@@ -32,11 +33,10 @@ from moe.train.configurations import check_same, differences, say_once
 from moe.train.loads import LoadMeter, StepLoads
 from moe.train.metrics import Reporter, peak_flops
 from moe.train.schedule import annealed, learning_rate
-from moe.upcycle.receipt import Receipt, versions
+from moe.train.starting import BUFFERS, data_step, history, open_model, starting_point
+from moe.upcycle.receipt import versions
 from moe.upcycle.source import Source, require_finite
 from moe.upcycle.writer import copy_side_files
-
-BUFFERS = ".selection_bias"
 
 
 def train(config: RunConfig) -> None:
@@ -54,6 +54,8 @@ def load_model(source: Source) -> RoutedLlamaForCausalLM:
     Raises UserError where the folder is not a whole model, or none of LLaMA's kind, Corrupt where
     its values are not finite.
     """
+    if store.is_checkpoint(source.folder):  # weights alone: moments, schedule and data are new
+        return load_trained(source.folder).float()
     config = source.config
     if not isinstance(config, RoutedLlamaConfig):
         config = routed_config(config)  # of the same tensors under the same names
@@ -73,14 +75,7 @@ def check_files(config: RunConfig) -> Source:
     Raises UserError with everything that is missing or does not fit, before anything is loaded.
     """
     found: list[Source] = []
-
-    def open_model() -> None:
-        found.append(Source.open(config.model))  # refuses pickles and damaged files
-        routed_config(found[0].config)  # and families that are not LLaMA's
-        names = [n for n in found[0].tensors if not n.endswith(BUFFERS)]
-        check_patterns(names, config.train.trainable)
-
-    problems = problem(open_model)
+    problems = problem(lambda: found.append(open_model(config)))
     for part in (*config.data.train, *config.data.validation):
         problems += problem(read_manifest, part.path)
     raise_all(problems)
@@ -122,8 +117,7 @@ class Run:
                 f"model={config.model} is not causal (mlp.mode expert_choice or sequence): its "
                 "loss on whole sequences is no validation. Remove data.validation."
             )
-        receipt = Receipt.read(config.model)
-        self.origin = receipt.steps if receipt else []
+        self.origin = history(config.model)
         self.unions = [m for m in model.modules() if isinstance(m, UnionRouter)]
         if config.train.anneal_steps and not self.unions:
             raise UserError(
@@ -134,6 +128,13 @@ class Run:
         self.biases = [e.tensor for e in self.engine.state() if e.name.endswith(BUFFERS)]
         self.meter = LoadMeter(self.model_config)
         self.reference: list[LayerLoad] | None = None
+        checkpoint = config.checkpoint
+        self.saver = store.Saver(
+            config.out, ranks.rank, ranks.gather,
+            keep=checkpoint.keep, keep_every=checkpoint.keep_every,
+            asynchronous=checkpoint.asynchronous, timeout=config.parallel.timeout,
+        )  # fmt: skip
+        self.data_step = 0  # at which the data's first sample was due
         self.step = self._resume()
 
     def go(self) -> None:
@@ -149,7 +150,7 @@ class Run:
             micro_batch_size=config.train.micro_batch_size,
             rank=self.ranks.data_rank,
             world_size=self.ranks.data_size,
-            consumed_samples=self.step * config.train.global_batch_size,
+            consumed_samples=self.consumed_samples,
         )
         mark = time.monotonic(), self.step
         try:
@@ -169,7 +170,9 @@ class Run:
                 if self.step % config.checkpoint.every == 0 or last:
                     self.save()
                 mark = mark[0] + time.monotonic() - begin, mark[1]  # tokens/s is of training alone
+            self.finish_saving()
         finally:
+            self.saver.close()
             batches.close()
             if reporter:
                 reporter.close()
@@ -196,7 +199,8 @@ class Run:
             self.engine.backward(loss + share * output.router_loss, index == len(micro) - 1)
             summed += loss.detach()
             self.meter.add(output.routing)
-        summed = self.ranks.sum(summed)
+        trouble = summed.new_tensor(self.saver.trouble)
+        summed, trouble = self.ranks.sum(torch.stack([summed, trouble]), every=1)
         norm = self.engine.grad_norm()
         if not math.isfinite(norm.item() + summed.item()):
             first = self.step * settings.global_batch_size
@@ -206,6 +210,8 @@ class Run:
                 f"updated; the newest checkpoint: {store.latest(self.config.out) or 'none yet'}. "
                 "Lower optimizer.lr, or train.clip."
             )
+        if trouble.item():
+            self.saver.learn()
         lr = learning_rate(
             self.step, self.config.schedule, self.config.optimizer.lr, settings.steps
         )
@@ -286,61 +292,45 @@ class Run:
             f"into {config.out}"
         )
 
+    @property
+    def consumed_samples(self) -> int:
+        """How many samples of its data the run has seen."""
+        return (self.step - self.data_step) * self.config.train.global_batch_size
+
     def save(self) -> None:
-        """Publish a checkpoint and delete the oldest beyond `checkpoint.keep`."""
-        consumed = self.step * self.config.train.global_batch_size
+        """Begin to save a checkpoint, of this very moment; `checkpoint.asynchronous: false` ends it
+        too. A save that fails is said, and training goes on.
+        """
         progress = {
             "step": self.step,
-            "consumed_samples": consumed,
+            "data_step": self.data_step,
+            "consumed_samples": self.consumed_samples,
             "updates": self.engine.updates,
             "origin": self.origin,
             "versions": versions(),
             "reference": _plain(self.reference),
             "config": self.config.model_dump(mode="json"),
         }
-        store.save(
-            self.config.out, self.step, self.engine.state(), progress,
-            self.ranks.rank, self.ranks.gather, self._side_files,
-        )  # fmt: skip
-        if self.ranks.rank == 0:
-            store.retain(self.config.out, self.config.checkpoint.keep)
+        self.saver.save(self.step, self.engine.state(), progress, self._side_files)
+
+    def finish_saving(self) -> None:
+        """Wait for the last save. Raises UserError where it failed."""
+        say_once(self.ranks, self.saver.finish)
 
     def _side_files(self, folder: Path) -> None:
         copy_side_files(self.config.model, folder)
         self.model_config.save_pretrained(folder)
 
-    def _starting_point(self) -> Path | None:
-        """The newest checkpoint of `out`, where there is none the one that is named."""
-        named, own = self.config.train.resume, store.latest(self.config.out)
-        if named in ("auto", "never"):
-            return own
-        if not Path(named).is_dir():
-            raise UserError(f"train.resume={named} is not a checkpoint folder, auto or never.")
-        store.progress_of(Path(named))  # it must be one, whether it is still needed or not
-        if own is None:
-            return Path(named)
-        start, newest = Path(named).resolve(), own.resolve()
-        if start.parent == newest.parent and start != newest:
-            raise UserError(
-                f"train.resume={named} is not the newest checkpoint of out={self.config.out}, "
-                f"{own.name} is. Choose another out to branch off, or remove the newer ones."
-            )
-        return own
-
     def _resume(self) -> int:
         """Load the checkpoint to go on from, if any; returns the step it stands at."""
-        folder = self._starting_point()
+        folder, self.saver.damaged = say_once(self.ranks, starting_point, self.config, self.ranks)
+        if self.ranks.rank == 0:
+            store.clean(self.config.out)  # what killed runs have left
         if folder is None:
             return 0
-        with store.Reader(folder) as checkpoint:
+        with store.Reader(folder, checked=True) as checkpoint:
             progress = checkpoint.manifest.progress
-            batch = self.config.train.global_batch_size
-            if progress["consumed_samples"] != progress["step"] * batch:
-                raise UserError(
-                    f"{folder} was trained with train.global_batch_size="
-                    f"{progress['consumed_samples'] // max(1, progress['step'])}, not {batch}: the "
-                    "samples it has seen would be counted wrong. Keep the old value."
-                )
+            self.data_step = data_step(self.config, folder, progress)
             if progress["updates"]:
                 self.engine.prepare_moments()
             checkpoint.load(self.engine.state())
@@ -348,10 +338,16 @@ class Run:
             state = checkpoint.random_state(self.ranks.rank)
             if state is not None:
                 torch.set_rng_state(state)
+            if self.ranks.device.type == "cuda":
+                state = checkpoint.random_state(self.ranks.rank, "cuda")
+                if state is not None:
+                    torch.cuda.set_rng_state(state)
         if progress["reference"] is not None:
             self.reference = _tensors(progress["reference"], self.ranks.device)
         if self.ranks.rank == 0:
             print(f"going on from {folder}", flush=True)
+            if self.data_step == progress["step"] and self.data_step:
+                print("  with the first sample of its data (data.restart)", flush=True)
             for line in differences(progress["config"], self.config.model_dump(mode="json")):
                 print(f"  changed since then: {line}", flush=True)
         return int(progress["step"])

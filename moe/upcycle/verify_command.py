@@ -2,7 +2,7 @@
 
 import json
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
@@ -26,32 +26,70 @@ def _misfits(folder: Path) -> list[str]:
     return []
 
 
+def _check_model(path: Path) -> tuple[dict[str, Any], str]:
+    """What is wrong with a model folder, and what it was held against."""
+    problems, added, against = check(path), unknown(path), NAME
+    if not (path / NAME).is_file():
+        against = "its config and the headers alone (there is no receipt)"
+        problems += _misfits(path)
+    return {"problems": problems, "unknown": added}, against
+
+
+def _check_checkpoints(path: Path, run: Path | None) -> tuple[dict[str, Any], str]:
+    """The same of a run's checkpoints, or of one; where one is damaged, the newest that is not."""
+    from moe.checkpoint import store
+
+    folders = [path] if run != path else [folder for _, folder in store.numbered(path)]
+    damage = {folder: store.check(folder) for folder in folders}
+    problems = [str(d) for found in damage.values() for d in found]
+    damaged = [
+        {"file": str(d.file), "what": d.what, "tensors": list(d.tensors)}
+        for found in damage.values()
+        for d in found
+    ]
+    if run == path and (line := store.stale(path)):
+        problems.append(line)
+    added = [] if problems or run == path else store.unknown(path)
+    found: dict[str, Any] = {"problems": problems, "unknown": added, "damaged": damaged}
+    if problems and run is not None:
+        sound = [f for f in folders if not damage[f]]
+        fallback = sound[-1] if sound else store.newest_sound(run)
+        found["fallback"] = str(fallback) if fallback else None
+        problems.append(f"the newest sound checkpoint is {fallback or 'none'}")
+    return found, "manifest.json" if run != path else f"{len(folders)} manifests"
+
+
+def _run_of(path: Path) -> Path | None:
+    """The run folder that a path is, or whose checkpoint it is."""
+    from moe.checkpoint.store import FOLDER, numbered
+
+    if numbered(path):
+        return path
+    place = path.resolve()
+    return place.parents[1] if place.parent.name == FOLDER else None
+
+
 @app.command()
 def run(
-    path: Annotated[Path, typer.Argument(help="Model folder or training checkpoint.")],
+    path: Annotated[Path, typer.Argument(help="Model folder, training checkpoint or run folder.")],
     as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object.")] = False,
 ) -> None:
     """Check hashes, shapes and finiteness. Exit 3 where something is damaged."""
     if not path.is_dir():
         raise UserError(f"{path} is not a folder.")
     require_finished(path)
-    added: list[str] = []
-    if (path / "manifest.json").is_file():
-        from moe.checkpoint.store import check as check_checkpoint
-
-        problems, against = check_checkpoint(path), "manifest.json"
+    of_run = _run_of(path)
+    if of_run is not None or (path / "manifest.json").is_file():
+        found, against = _check_checkpoints(path, of_run)
     else:
-        problems, added = check(path), unknown(path)
-        against = NAME
-        if not (path / NAME).is_file():
-            against = "its config and the headers alone (there is no receipt)"
-            problems += _misfits(path)
+        found, against = _check_model(path)
+    problems, added = found["problems"], found["unknown"]
     if as_json:
-        found = {"path": str(path), "sound": not problems, "problems": problems, "unknown": added}
-        typer.echo(json.dumps(found))
+        typer.echo(json.dumps({"path": str(path), "sound": not problems} | found))
         raise typer.Exit(3 if problems else 0)
     if problems:
         raise Corrupt("\n".join(problems))
     typer.echo(f"{path}: sound, checked against {against}")
     if added:
-        typer.echo(f"not in the receipt, so not checked: {', '.join(added)}")
+        record = "receipt" if against == NAME else "manifest"
+        typer.echo(f"not in the {record}, so not checked: {', '.join(added)}")

@@ -1,17 +1,15 @@
 """A checkpoint folder is whole or no checkpoint, on any division of its tensors."""
 
-import json
 import os
-import resource
-import shutil
 import signal
-from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from harness import run_ranks
+from injection import Call, fork, inject, kill_at
+from stored import blank, differing, edited, load, save, state
 from torch import Tensor, distributed
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.tensor import Replicate, Shard, distribute_tensor
@@ -19,60 +17,6 @@ from torch.distributed.tensor import Replicate, Shard, distribute_tensor
 from moe.checkpoint import manifest, store
 from moe.engines.base import Entry
 from moe.errors import Corrupt, UserError
-
-
-def state(seed: int = 0) -> list[Entry]:
-    """Tensors of every sort that a state may hold."""
-    generator = torch.Generator().manual_seed(seed)
-
-    def draw(*shape: int) -> Tensor:
-        return torch.randn(shape, generator=generator)
-
-    tied = draw(6, 5)
-    return [
-        Entry("embed", "parameter", tied),
-        Entry("head", "parameter", tied),
-        Entry("experts", "parameter", draw(3, 4, 2)),
-        Entry("narrow", "parameter", draw(7).bfloat16()),
-        Entry("turned", "parameter", draw(4, 6).T),
-        Entry("scale", "parameter", draw()),
-        Entry("nothing", "parameter", draw(0, 3)),
-        Entry("bias", "buffer", draw(5).double()),
-        Entry("embed", "exp_avg", draw(6, 5)),
-        Entry("embed", "exp_avg_sq", draw(6, 5).square()),
-    ]
-
-
-def alone(value: Any) -> list[Any]:
-    return [value]
-
-
-def side_files(folder: Path) -> None:
-    (folder / "config.json").write_text("{}\n")
-    (folder / "templates").mkdir()
-    (folder / "templates" / "chat.jinja").write_text("{{ x }}")
-
-
-def save(out: Path, step: int, entries: Iterable[Entry] | None = None) -> Path:
-    progress = {"step": step, "float": 0.1}
-    return store.save(out, step, entries or state(step), progress, 0, alone, side_files)
-
-
-def blank(entries: list[Entry]) -> list[Entry]:
-    return [Entry(e.name, e.kind, torch.full_like(e.tensor, 7)) for e in entries]
-
-
-def differing(left: list[Entry], right: list[Entry]) -> list[str]:
-    return [
-        f"{a.kind}/{a.name}"
-        for a, b in zip(left, right, strict=True)
-        if a.tensor.dtype != b.tensor.dtype or not torch.equal(a.tensor, b.tensor)
-    ]
-
-
-def load(folder: Path, into: list[Entry]) -> None:
-    with store.Reader(folder) as reader:
-        reader.load(into)
 
 
 def test_every_tensor_comes_back_to_the_last_bit(tmp_path) -> None:
@@ -104,69 +48,6 @@ def test_other_tensors_or_shapes_are_refused_naming_them(tmp_path) -> None:
         load(folder, other[:-1])
 
 
-def flip(path: Path) -> None:
-    content = bytearray(path.read_bytes())
-    content[len(content) // 2] ^= 4
-    path.write_bytes(content)
-
-
-@pytest.mark.parametrize(
-    "damage",
-    [flip, Path.unlink, lambda p: p.write_bytes(p.read_bytes()[:-9]), lambda p: p.write_bytes(b"")],
-    ids=["flipped", "missing", "truncated", "empty"],
-)
-def test_damaged_file_is_named_with_a_tensor_it_holds(tmp_path, damage) -> None:
-    folder = save(tmp_path, 1)
-    damage(folder / "rank-00000.safetensors")
-    message = r"rank-00000\.safetensors, which holds 9 tensors such as parameter/embed: "
-    with pytest.raises(Corrupt, match=message) as error:
-        load(folder, blank(state()))
-    assert error.value.exit_code == 3
-    with pytest.raises(Corrupt, match=message):
-        dict(store.weights(folder))
-    assert len(store.check(folder)) == 1
-
-
-def test_damaged_side_file_is_found(tmp_path) -> None:
-    folder = save(tmp_path, 1)
-    (folder / "templates" / "chat.jinja").write_text("{{ y }}")
-    (problem,) = store.check(folder)
-    assert "templates/chat.jinja: not the bytes that were written" in problem
-
-
-def edited(folder: Path, edit: Callable[[dict], Any]) -> None:
-    values = json.loads((folder / manifest.NAME).read_text())
-    values = edit(values) or values
-    (folder / manifest.NAME).write_text(json.dumps(values))
-
-
-@pytest.mark.parametrize(
-    ("edit", "message"),
-    [
-        (lambda v: v.update(format=9), "format 9, this version reads 1"),
-        (lambda v: v.pop("files") and None, "not a manifest"),
-        (lambda v: [v], "not a manifest"),
-        (lambda v: v.update(tensors=[]), "not a manifest"),
-        (lambda v: v["tensors"]["buffer/bias"].pop("shape") and None, "not a manifest"),
-        (
-            lambda v: v["tensors"]["buffer/bias"].update(pieces=[]),
-            "pieces of buffer/bias hold 0 of 5 values",
-        ),
-        (
-            lambda v: v["tensors"]["buffer/bias"]["pieces"][0].update(file="../other"),
-            r"buffer/bias lies in '\.\./other', which is not in the checkpoint",
-        ),
-    ],
-)
-def test_manifest_that_is_none_is_corrupt(tmp_path, edit, message) -> None:
-    folder = save(tmp_path, 1)
-    edited(folder, lambda values: None)
-    load(folder, blank(state()))  # negative control: written anew it still reads
-    edited(folder, edit)
-    with pytest.raises(Corrupt, match=message):
-        load(folder, blank(state()))
-
-
 def test_folder_without_manifest_is_no_checkpoint(tmp_path) -> None:
     folder = save(tmp_path, 1)
     assert store.is_checkpoint(folder)
@@ -181,89 +62,63 @@ def test_the_newest_are_kept_and_leftovers_go(tmp_path) -> None:
     for step in (5, 40, 100):
         save(tmp_path, step)
     folder = tmp_path / store.FOLDER
-    for name in ("step-7.partial", "step-60", "step-best", "notes"):
+    for name in ("step-7.1f-2.partial", "step-8.deleted", "step-60", "step-best", "notes"):
         (folder / name).mkdir()
     store.retain(tmp_path, 2)
-    assert {p.name for p in folder.iterdir()} == {"step-40", "step-100", "step-best", "notes"}
+    assert {p.name for p in folder.iterdir()} == {
+        "step-40", "step-100", "step-best", "notes", "latest", "step-60"
+    }, "what has lost its manifest is not ours to delete"  # fmt: skip
     assert [step for step, _ in store.steps(tmp_path)] == [40, 100], "by number, not by name"
     assert store.latest(tmp_path) == folder / "step-100"
     store.retain(tmp_path, 5)
     assert len(store.steps(tmp_path)) == 2
 
 
-def test_full_disk_is_told_and_leaves_nothing_that_loads(tmp_path) -> None:
-    save(tmp_path, 1)
-    big = [Entry("big", "parameter", torch.zeros(100_000))]
-    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
-    resource.setrlimit(resource.RLIMIT_FSIZE, (50_000, hard))
-    try:
-        with pytest.raises(UserError, match=r"step-2 cannot be written: .*File too large"):
-            save(tmp_path, 2, big)
-    finally:
-        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
-    assert complete(tmp_path) == {"step-1"}
-    assert save(tmp_path, 2, big) == store.latest(tmp_path)
+def test_multiples_are_kept_for_good(tmp_path) -> None:
+    for step in (5, 10, 15, 20, 25):
+        save(tmp_path, step)
+    store.retain(tmp_path, 1, keep_every=10)
+    assert [step for step, _ in store.steps(tmp_path)] == [10, 20, 25]
+    store.retain(tmp_path, 1)  # negative control
+    assert [step for step, _ in store.steps(tmp_path)] == [25]
 
 
-# Kills. Each point is a function that patches the child process, which then saves step 2.
+def test_latest_names_the_newest(tmp_path) -> None:
+    for step in (5, 40):
+        folder = save(tmp_path, step)
+        assert (tmp_path / store.FOLDER / "latest").read_text() == f"{folder.name}\n"
+    assert store.stale(tmp_path) is None
+    (tmp_path / store.FOLDER / "latest").write_text("step-7\n")
+    assert "names 'step-7', which is no checkpoint; the newest is step-40" in store.stale(tmp_path)
+    assert store.latest(tmp_path) == folder
 
 
-def die(*_: object, **__: object) -> None:
-    os.kill(os.getpid(), signal.SIGKILL)
+def test_every_byte_of_a_checkpoint_has_one_hash(tmp_path) -> None:
+    folder = save(tmp_path, 1)
+    found = manifest.Manifest.read(folder)
+    names = {p.relative_to(folder).as_posix() for p in folder.rglob("*") if p.is_file()}
+    assert set(found.files) == names - {manifest.NAME}
+    with pytest.raises(Corrupt, match="do not make up its"):  # negative control
+        edited(folder, lambda v: v["tensors"].pop("rng/cpu-00000") and None)
+        manifest.Manifest.read(folder)
 
 
-def half_written(tensors: dict, path: Path) -> None:
-    from safetensors.torch import save as as_bytes
+def test_others_read_the_files_as_safetensors(tmp_path) -> None:
+    from safetensors.torch import load_file
 
-    path.write_bytes(as_bytes(tensors)[:-100])
-    die()
-
-
-def torn_manifest(self: manifest.Manifest, folder: Path) -> None:
-    (folder / manifest.NAME).write_text('{"tensors": {"parameter/emb')
-    die()
+    tensors = load_file(save(tmp_path, 1) / "rank-00000.safetensors")
+    expected = {f"{e.kind}/{e.name}": e.tensor for e in state(1) if e.tensor.numel()}
+    assert tensors.keys() == expected.keys() | {"rng/cpu-00000"}
+    assert all(torch.equal(tensors[name], expected[name]) for name in expected)
 
 
-def half_removed(folder: Path, **_: object) -> None:
-    if folder.name == "step-2":
-        next(folder.glob("rank-*")).unlink()
-        die()
-
-
-def before_publishing(path: Path) -> None:
-    if path.name.endswith(".partial"):  # the folder's own sync is the last before the rename
-        die()
-
-
-POINTS: dict[str, tuple[Any, str, Callable]] = {
-    "before the first tensor": (store, "_write_pieces", die),
-    "in a tensor file": (store, "save_file", half_written),
-    "after the tensor files": (store, "_merge", die),
-    "in the manifest": (manifest.Manifest, "write", torn_manifest),
-    "after the manifest": (store, "sync", die),
-    "before the rename": (store, "sync", before_publishing),
-    "at the rename": (Path, "rename", die),
-    "while the old one is removed": (store.shutil, "rmtree", half_removed),
-}
-
-
-def kill_while_saving(out: Path, point: str) -> None:
-    child = os.fork()
-    if child == 0:
-        try:
-            setattr(*POINTS[point])
-            save(out, 2)
-        finally:
-            os._exit(1)
-    _, status = os.waitpid(child, 0)
-    assert os.WIFSIGNALED(status), f"it was not killed {point}"
-    assert os.WTERMSIG(status) == signal.SIGKILL
+# Kills, at every single call that changes the disk.
 
 
 def complete(out: Path) -> set[str]:
     """Names of the folders that anything takes for a complete checkpoint."""
     found = set()
-    for folder in (out / store.FOLDER).iterdir():
+    for folder in (p for p in (out / store.FOLDER).iterdir() if p.is_dir()):
         try:
             dict(store.weights(folder))
             found.add(folder.name)
@@ -274,38 +129,73 @@ def complete(out: Path) -> set[str]:
     return found | {path.name for _, path in store.steps(out)}
 
 
-@pytest.mark.parametrize("point", POINTS)
+def calls_of_a_save(out: Path, again: bool) -> list[Call]:
+    """What the save of step 2 does, after that of step 1, or of an older step 2 besides."""
+    calls: list[Call] = []
+    save(out, 1)
+    if again:
+        save(out, 2, state(77))
+    with inject(out, calls.append):
+        save_and_retain(out)
+    return calls
+
+
+def save_and_retain(out: Path) -> None:
+    save(out, 2)
+    store.retain(out, 2)
+
+
+@pytest.mark.parametrize("half", [False, True], ids=["before", "within"])
 @pytest.mark.parametrize("again", [False, True], ids=["new", "again"])
-def test_kill_leaves_nothing_that_is_taken_as_complete(tmp_path, point, again) -> None:
-    save(tmp_path, 1)
-    if again or "old one" in point:
-        save(tmp_path, 2, state(77))
-    kill_while_saving(tmp_path, point)
-    found = complete(tmp_path)
-    assert "step-1" in found
-    if "step-2" in found:  # the old one, whole
-        assert again
-        read = blank(state())
-        load(tmp_path / store.FOLDER / "step-2", read)
-        assert not differing(read, state(77))
-    assert found <= {"step-1", "step-2"}
-    save(tmp_path, 2)
-    store.retain(tmp_path, 2)
-    names = sorted(p.name for p in (tmp_path / store.FOLDER).iterdir())
-    assert names == ["step-1", "step-2"]
-    assert store.check(tmp_path / store.FOLDER / "step-2") == []
+def test_a_kill_at_any_call_leaves_whole_checkpoints_only(tmp_path, again, half) -> None:
+    calls = calls_of_a_save(tmp_path / "undisturbed", again)
+    assert len(calls) > 30
+    seen = set()
+    for call in calls[:: 1 if not half else 3]:
+        out = tmp_path / f"{call.number}"
+        save(out, 1)
+        if again:
+            save(out, 2, state(77))
+        with inject(out, kill_at(call.number, half)):
+            (status,) = fork([lambda out=out: save_and_retain(out)])
+        assert os.WIFSIGNALED(status) and os.WTERMSIG(status) == signal.SIGKILL, call
+        names = complete(out)
+        assert "step-1" in names, call
+        assert not again or any(n.startswith("step-2") for n in names), f"a moment without: {call}"
+        for name in names:
+            assert not store.check(out / store.FOLDER / name), call
+            read = blank(state())
+            load(out / store.FOLDER / name, read)
+            held = [n for n in (1, 2, 77) if not differing(read, state(n))]
+            assert len(held) == 1, f"{call}: a mixture"
+            seen.add((name, held[0]))
+        save_and_retain(out)
+        left = sorted(p.name for p in (out / store.FOLDER).iterdir())
+        assert left == ["latest", "step-1", "step-2"], call
+        assert not store.stale(out)
+    expected = {("step-1", 1), ("step-2", 2)}
+    assert seen >= expected | ({("step-2", 77), ("step-2.replaced", 77)} if again else set())
 
 
-def test_a_manifest_that_comes_too_early_would_be_noticed(tmp_path) -> None:
-    """Negative control of the kills: half a folder under its final name, with a manifest."""
-    first = save(tmp_path, 1)
-    kill_while_saving(tmp_path, "in a tensor file")
-    assert complete(tmp_path) == {"step-1"}
-    folder = (first.parent / "step-2.partial").rename(first.parent / "step-2")
-    shutil.copy(first / manifest.NAME, folder)
-    assert complete(tmp_path) == {"step-1", "step-2"}
-    with pytest.raises(Corrupt, match="not the bytes that were written"):
-        load(folder, blank(state()))
+def test_a_save_that_publishes_too_early_would_be_noticed(tmp_path, monkeypatch) -> None:
+    """Negative control of the kills: the old one goes before the new one has its name."""
+    from moe.checkpoint import folders
+
+    calls = calls_of_a_save(tmp_path / "undisturbed", True)
+    old = [c.number for c in calls if (c.function, c.path) == ("rename", "checkpoints/step-2")]
+    right = folders.publish
+
+    def wrong(partial: Path, target: Path, damaged: Any) -> None:
+        folders.discard(target)
+        right(partial, target, damaged)
+
+    monkeypatch.setattr(folders, "publish", wrong)
+    out = tmp_path / "run"
+    save(out, 1)
+    save(out, 2, state(77))
+    with inject(out, kill_at(old[0] + 2)):
+        fork([lambda: save_and_retain(out)])
+    assert complete(out) == {"step-1"}
 
 
 # Ranks.

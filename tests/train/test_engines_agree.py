@@ -54,7 +54,9 @@ def carry(toys: toy_run.Toys, folder: Path, size: int, name: str) -> None:
     resume = f"train.resume={out_of(folder, 2, source)}/checkpoints/step-2"
     with world() as ranks:
         out = out_of(folder, size, f"carried {name}")
-        Run(configure(toys, out, *overrides, resume), ranks).save()
+        run = Run(configure(toys, out, *overrides, resume), ranks)
+        run.save()
+        run.finish_saving()
 
 
 def on_two(toys: toy_run.Toys, folder: Path) -> None:

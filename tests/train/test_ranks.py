@@ -13,7 +13,7 @@ from harness import RankFailed, run_ranks
 from torch import Tensor, distributed
 from torch.distributed.fsdp import FSDPModule
 
-from moe.checkpoint import store
+from moe.checkpoint import pieces, store
 from moe.config import RunConfig
 from moe.engines.native import NativeEngine
 from moe.train import loop
@@ -107,7 +107,7 @@ def stop_after(patch: pytest.MonkeyPatch, step: int) -> None:
     patch.setattr(loop.Run, "save", stop)
 
 
-def die_in_the_middle(tensors: dict[str, Tensor], path: Path) -> None:
+def die_in_the_middle(path: Path, *_: Any) -> None:
     path.write_bytes(b"\0" * 100)
     os.kill(os.getpid(), signal.SIGKILL)
 
@@ -129,7 +129,7 @@ def two_ranks(toys: toy_run.Toys, folder: Path) -> None:
     train_case(toys, folder, 2, "stopped", "train.activation_checkpointing=full")
     (folder / f"done of {rank}").touch()
     if rank == 1:
-        store.save_file = die_in_the_middle
+        pieces.write = die_in_the_middle
     train_case(toys, folder, 2, "killed")
 
 
@@ -233,9 +233,12 @@ def test_checkpoint_of_two_ranks_is_taken_up_by_others(runs, ranks) -> None:
 @pytest.mark.slow
 def test_rank_killed_while_saving_leaves_the_checkpoint_before(toys, runs) -> None:
     out = out_of(runs, 2, "killed")
-    assert sorted(p.name for p in (out / "checkpoints").iterdir()) == ["step-2", "step-4.partial"]
+    latest, whole, partial = sorted((out / "checkpoints").iterdir())
+    assert (latest.name, whole.name) == ("latest", "step-2")
+    assert partial.name.startswith("step-4.") and partial.name.endswith(".partial")
     assert store.latest(out) == out / "checkpoints" / "step-2"
-    assert not store.is_checkpoint(out / "checkpoints" / "step-4.partial")
+    assert not store.is_checkpoint(partial)
     toy_run.run(configure(toys, out))
     assert not disagreements(out, out_of(runs, 2, "plain"), CLOSE)
-    assert sorted(p.name for p in (out / "checkpoints").iterdir()) == ["step-2", "step-4"]
+    names = sorted(p.name for p in (out / "checkpoints").iterdir())
+    assert names == ["latest", "step-2", "step-4"]

@@ -12,9 +12,8 @@ from typing import Any
 import pytest
 import torch
 import toy_run
-from safetensors.torch import save_file
 
-from moe.checkpoint import store
+from moe.checkpoint import folders, pieces, store
 from moe.checkpoint.manifest import Manifest
 from moe.engines.native import NativeEngine
 from moe.errors import Corrupt, UserError
@@ -206,7 +205,10 @@ def test_only_the_newest_checkpoints_stay(toys, tmp_path) -> None:
     out = tmp_path / "run"
     options = ("train.steps=5", "checkpoint.every=1", "checkpoint.keep=2")
     toy_run.run(toys.config(out, *options))
-    assert sorted(p.name for p in (out / "checkpoints").iterdir()) == ["step-4", "step-5"]
+    assert sorted(p.name for p in (out / "checkpoints").glob("step-*")) == ["step-4", "step-5"]
+    toy_run.run(toys.config(out, *options[1:], "train.steps=8", "checkpoint.keep_every=3"))
+    names = sorted(p.name for p in (out / "checkpoints").glob("step-*"))
+    assert names == ["step-6", "step-7", "step-8"]
 
 
 def test_a_checkpoint_is_safetensors_and_text_and_its_manifest_names_all(
@@ -234,17 +236,11 @@ def die(*_: object, **__: object) -> None:
     os.kill(os.getpid(), signal.SIGKILL)
 
 
-def half_written(tensors: dict[str, torch.Tensor], path: Path) -> None:
-    save_file(tensors, path)
-    os.truncate(path, path.stat().st_size // 2)
-    die()
-
-
 POINTS: dict[str, tuple[Any, str, Callable]] = {
-    "in a tensor file": (store, "save_file", half_written),
+    "before the tensor file": (pieces, "write", die),
     "before the manifest": (Manifest, "write", die),
-    "before the rename": (store, "_remove", die),
-    "before old ones go": (store, "retain", die),
+    "before the rename": (folders, "publish", die),
+    "before old ones go": (folders, "retain", die),
 }
 
 
@@ -269,7 +265,8 @@ def test_killed_run_goes_on_from_what_was_published(toys, straight, tmp_path, po
     assert f"going on from {out}/checkpoints/step-{4 if published else 2}" in printed
     assert hashes(out, 4) == hashes(straight, 4)
     assert untimed(out) == untimed(straight), "no step is reported twice"
-    assert sorted(p.name for p in (out / "checkpoints").iterdir()) == ["step-2", "step-4"]
+    names = sorted(p.name for p in (out / "checkpoints").iterdir())
+    assert names == ["latest", "step-2", "step-4"]
 
 
 def test_evaluation_loads_whole_checkpoints_only(straight, tmp_path) -> None:

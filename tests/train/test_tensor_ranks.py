@@ -13,7 +13,7 @@ from safetensors.torch import load_file
 from test_ranks import CLOSE, configure, disagreements, out_of, train_case
 from torch import distributed
 
-from moe.checkpoint import store
+from moe.checkpoint import manifest, store
 from moe.parallel.world import Ranks
 
 pytestmark = pytest.mark.slow
@@ -49,7 +49,7 @@ def same_bits(toys: toy_run.Toys, folder: Path, of: Path, *overrides: str) -> li
 
 def count_every_rank(patch: pytest.MonkeyPatch) -> None:
     """Wrong on purpose: ranks that share a batch add it up once each."""
-    patch.setattr(Ranks, "sum", lambda self, t: distributed.all_reduce(t) or t)
+    patch.setattr(Ranks, "sum", lambda self, t, every=0: distributed.all_reduce(t) or t)
 
 
 def two_ranks(toys: toy_run.Toys, folder: Path) -> None:
@@ -129,7 +129,9 @@ def test_ranks_that_count_a_batch_twice_are_found(runs):
 @pytest.mark.parametrize("size", [2, 4])
 def test_export_puts_columns_and_rows_together(runs, tmp_path, size):
     step = out_of(runs, size, "split") / "checkpoints/step-4"
-    pieces = store.Manifest.read(step).tensors["parameter/model.layers.0.self_attn.o_proj.weight"]
+    pieces = manifest.Manifest.read(step).tensors[
+        "parameter/model.layers.0.self_attn.o_proj.weight"
+    ]
     assert len({p.offset[1] for p in pieces.pieces}) == 2, "its columns lie apart"
     result = moe("export", step, "--to", "hf", "--out", tmp_path / "out")
     assert result.code == 0, result.err

@@ -1,0 +1,121 @@
+"""Where a run starts: its newest sound checkpoint, another one by name, or a model."""
+
+from pathlib import Path
+from typing import Any
+
+from moe.checkpoint import store
+from moe.checkpoint.manifest import Manifest
+from moe.config import RunConfig
+from moe.engines.base import check_patterns
+from moe.errors import Corrupt, UserError
+from moe.hf.families import routed_config
+from moe.hf.inspect import checkpoint_steps
+from moe.parallel.world import Ranks
+from moe.upcycle.receipt import Receipt
+from moe.upcycle.source import Source, read_config
+
+BUFFERS = ".selection_bias"
+READ_AS = ("train", "sequence_length", "document_boundaries")  # what decides a run's samples
+
+
+def open_model(config: RunConfig) -> Source:
+    """The headers of the model to start from, a folder or a checkpoint.
+
+    Raises UserError where it is neither, of another family, or has nothing of what is to be
+    trained; Corrupt where it is damaged.
+    """
+    if store.is_checkpoint(config.model):
+        records = Manifest.read(config.model).tensors.items()
+        names = [key.split("/", 1)[1] for key, r in records if r.kind in ("parameter", "buffer")]
+        source = Source(config.model, read_config(config.model), {})
+    else:
+        source = Source.open(config.model)  # refuses pickles and damaged files
+        names = list(source.tensors)
+    routed_config(source.config)  # refuses families that are not LLaMA's
+    check_patterns([n for n in names if not n.endswith(BUFFERS)], config.train.trainable)
+    return source
+
+
+def history(model: Path) -> list[dict[str, Any]]:
+    """What the model to start from was made by, oldest first."""
+    if store.is_checkpoint(model):
+        return checkpoint_steps(Manifest.read(model))
+    receipt = Receipt.read(model)
+    return receipt.steps if receipt else []
+
+
+def starting_point(config: RunConfig, ranks: Ranks) -> tuple[Path | None, list[Path]]:
+    """The checkpoint to go on from, if any, and the newer ones that are damaged.
+
+    The newest sound one of `out`; where there is none, the one that train.resume names. Ranks look
+    at every byte once between them. Raises Corrupt where none is sound, or the named one is not.
+    """
+    own = ranks.gather([path for _, path in reversed(store.numbered(config.out))])[0]
+    named = config.train.resume
+    if named in ("auto", "never"):
+        return _newest_sound(own, ranks)
+    start = Path(named)
+    if not start.is_dir():
+        raise UserError(f"train.resume={named} is not a checkpoint folder, auto or never.")
+    if not own or own[0].resolve() == start.resolve():
+        if damage := store.check_together(start, ranks.rank, ranks.size, ranks.gather):
+            raise Corrupt("\n".join([*map(str, damage), *_instead(start, ranks)]))
+        return start, []
+    if start.resolve().parent == own[0].resolve().parent:
+        raise UserError(
+            f"train.resume={named} is not the newest checkpoint of out={config.out}, "
+            f"{own[0].name} is. Choose another out to branch off, or remove the newer ones."
+        )
+    return _newest_sound(own, ranks)
+
+
+def _newest_sound(folders: list[Path], ranks: Ranks) -> tuple[Path | None, list[Path]]:
+    """The first sound one, and those before it; rank 0 says what is wrong with them."""
+    said: list[str] = []
+    for place, folder in enumerate(folders):
+        damage = store.check_together(folder, ranks.rank, ranks.size, ranks.gather)
+        if not damage:
+            if place and ranks.rank == 0:
+                names = ", ".join(f.name for f in folders[:place])
+                print("\n".join(said))
+                print(f"damaged: {names}; the newest sound checkpoint is {folder.name}. The next "
+                      "save sets what is damaged aside, as step-N.damaged", flush=True)  # fmt: skip
+            return folder, folders[:place]
+        said += map(str, damage)
+    if folders:
+        raise Corrupt(
+            "\n".join([*said, f"None of the {len(folders)} checkpoints is sound. Restore one from "
+                       "a copy, or move them away to start over."])
+        )  # fmt: skip
+    return None, []
+
+
+def _instead(damaged: Path, ranks: Ranks) -> list[str]:
+    """One line with the newest sound checkpoint beside a damaged one."""
+    sound = None
+    if ranks.rank == 0 and damaged.resolve().parent.name == store.FOLDER:
+        sound = store.newest_sound(damaged.resolve().parents[1], damaged)
+    sound = ranks.gather(sound)[0]
+    if sound is None:
+        return [f"train.resume={damaged} is damaged, and no sound checkpoint lies beside it."]
+    return [f"train.resume={damaged} is damaged. The newest sound one is {sound}: name that."]
+
+
+def data_step(config: RunConfig, folder: Path, progress: dict[str, Any]) -> int:
+    """The step at which the data's first sample is, or was, due. 0: the run's first.
+
+    With data.restart other data than the checkpoint has seen begin now. Raises UserError where
+    samples that were seen would be counted wrong.
+    """
+    step, begun = int(progress["step"]), int(progress.get("data_step", 0))
+    then, now = progress["config"]["data"], config.model_dump(mode="json")["data"]
+    if config.data.restart and any(then[key] != now[key] for key in READ_AS):
+        return step
+    batch, seen = config.train.global_batch_size, progress["consumed_samples"]
+    if seen != (step - begun) * batch:
+        raise UserError(
+            f"{folder} was trained with train.global_batch_size="
+            f"{seen // max(1, step - begun)}, not {batch}: the samples it has seen would be "
+            "counted wrong. Keep the old value."
+        )
+    return begun
