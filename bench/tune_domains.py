@@ -27,7 +27,6 @@ from study_text import DOMAINS, write_texts
 
 ROOT = Path(__file__).resolve().parents[1]
 HELD_OUT = 0.1  # of the documents
-PIECE = 900  # characters of a prompt
 
 
 def moe(*arguments: object, environment: dict[str, str] | None = None) -> None:
@@ -43,7 +42,7 @@ def moe(*arguments: object, environment: dict[str, str] | None = None) -> None:
         raise SystemExit(f"{done.stdout[-3000:]}\n{done.stderr[-3000:]}")
 
 
-def split(texts: dict[str, Path], folder: Path, prompts: int) -> None:
+def split(texts: dict[str, Path], folder: Path, prompts: int, piece: int) -> None:
     """Documents to train on, and prompts out of the others, the same number of each domain."""
     rng, rows = random.Random(0), []
     for domain, path in texts.items():
@@ -53,9 +52,9 @@ def split(texts: dict[str, Path], folder: Path, prompts: int) -> None:
         train = [json.dumps({"text": text}) for text in documents[count:]]
         (folder / f"{domain}-train.jsonl").write_text("\n".join(train) + "\n")
         pieces = [
-            text[start : start + PIECE]
+            text[start : start + piece]
             for text in documents[:count]
-            for start in range(0, min(len(text), 20 * PIECE) - PIECE // 3, PIECE)
+            for start in range(0, min(len(text), 20 * piece) - piece // 3, piece)
         ]
         rng.shuffle(pieces)
         if len(pieces) < prompts:
@@ -91,7 +90,7 @@ def build(options: argparse.Namespace) -> Path:
     folder.mkdir(parents=True, exist_ok=True)
     texts = write_texts(folder, options.data)
     if not (folder / "prompts.jsonl").exists():
-        split(texts, folder, options.prompts)
+        split(texts, folder, options.prompts, options.piece)
 
     def branch(domain: str) -> Path:
         if not (folder / f"{domain}.idx").exists():
@@ -161,6 +160,7 @@ def main() -> None:
         parser.add_argument(f"--{phase}", action="append", default=[], metavar="KEY=VALUE",
                             help=f"override of {what} training; repeat")  # fmt: skip
     parser.add_argument("--prompts", type=int, default=80, help="of each domain")
+    parser.add_argument("--piece", type=int, default=900, help="characters of a prompt")
     parser.add_argument("--top", type=int, default=15, help="experts to switch off")
     parser.add_argument("--seeds", type=int, default=5, help="control sets of each kind")
     parser.add_argument("--semantics", default="post_renorm")
@@ -186,7 +186,7 @@ def main() -> None:
     notes = [
         f"{options.top} experts off ({options.semantics}) of {options.source.name} mixed from "
         f"three branches and itself, {options.steps} steps of {options.batch} × {options.length} "
-        f"tokens each, on {where}; prompts of {PIECE} characters that ranked nothing.",
+        f"tokens each, on {where}; prompts of {options.piece} characters that ranked nothing.",
         f"branches: {' '.join(options.branch) or 'as configured'}; mixture: "
         f"{' '.join(options.mix) or 'as configured'}",
     ]
