@@ -44,6 +44,7 @@ COMMANDS = {
     "tune": ("moe.tune.command", "Look at what a mixture's experts do, and tune it."),
     "inspect": ("moe.hf.inspect_command", "Architecture, parameters, routing and receipt."),
     "kernels": ("moe.hf.kernels_command", "Tune the Triton kernels' tilings for a model."),
+    "doctor": ("moe.doctor.command", "What would keep a run from working here, and what to do."),
     "verify": ("moe.upcycle.verify_command", "Whether a folder still is what was written."),
 }
 

@@ -13,6 +13,8 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_valida
 
 from moe.errors import UserError, problem, raise_all
 
+MOST_VALUES = 100_000  # in a file
+
 
 class Section(BaseModel):
     """A part of the file: frozen, unknown keys refused."""
@@ -215,7 +217,7 @@ def load(path: Path, overrides: Sequence[str] = ()) -> RunConfig:
     Raises UserError with every problem found, one line each.
     """
     try:
-        values = yaml.safe_load(path.read_text()) or {}
+        values = _plain(path.read_text()) or {}
     except OSError as error:
         raise UserError(f"{path} cannot be read: {error.strerror}.") from error
     except (yaml.YAMLError, UnicodeDecodeError) as error:
@@ -226,6 +228,25 @@ def load(path: Path, overrides: Sequence[str] = ()) -> RunConfig:
     mistaken += problem(parse, values, str(path)) if mistaken else []
     raise_all(mistaken)
     return parse(values, str(path))
+
+
+def _plain(text: str) -> Any:
+    """YAML as plain values. Raises YAMLError; aliases that multiply are refused before anything
+    goes through them.
+    """
+    try:
+        values = yaml.safe_load(text)
+    except (RecursionError, ValueError, TypeError) as error:  # of a date that is none, of a key
+        raise yaml.YAMLError(f"it cannot be read ({error})") from error
+    waiting, seen = [values], 0
+    while waiting:
+        node = waiting.pop()
+        seen += 1
+        if seen > MOST_VALUES:
+            raise yaml.YAMLError(f"more than {MOST_VALUES} values, with aliases written out")
+        if isinstance(node, dict | list):
+            waiting += node.values() if isinstance(node, dict) else node
+    return values
 
 
 def _override(values: dict[str, Any], text: str) -> None:
@@ -241,7 +262,7 @@ def _override(values: dict[str, Any], text: str) -> None:
         if not isinstance(place, dict | list):
             raise UserError(f"{text!r}: {parent} holds a value, not keys.")
     try:
-        place[_index(text, place, last)] = _number(yaml.safe_load(value))
+        place[_index(text, place, last)] = _number(_plain(value))
     except yaml.YAMLError as error:
         raise UserError(f"{text!r}: the value is not YAML.") from error
 

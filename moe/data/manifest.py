@@ -15,6 +15,7 @@ from typing import Any
 import xxhash
 
 from moe.errors import Corrupt, UserError
+from moe.jsonfile import read_json
 
 BLOCK = 1 << 22
 
@@ -107,7 +108,7 @@ def read_manifest(prefix: Path) -> Manifest:
             "Give the --out of `moe data prepare`, without extension."
         )
     try:
-        values = json.loads(path.read_text())
+        values = read_json(path)
         values["tokenizer"] = TokenizerIdentity(**values["tokenizer"])
         values["bin"] = FileRecord(**values["bin"])
         values["idx"] = FileRecord(**values["idx"])

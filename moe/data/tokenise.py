@@ -57,7 +57,7 @@ def load_tokenizer(path: str) -> Any:
     logging.set_verbosity_error()  # documents longer than the model's context are as it should be
     try:
         return AutoTokenizer.from_pretrained(path, trust_remote_code=False)
-    except (OSError, ValueError, KeyError, AttributeError) as error:
+    except Exception as error:  # transformers raises what it likes over a bad file
         raise UserError(
             f"{path} has no tokenizer that can be loaded: {error} "
             "Give a model folder that has tokenizer.json."

@@ -5,7 +5,6 @@ A user's own JSON is laid over it, where it says what no section of ours says.
 """
 
 import difflib
-import json
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +13,7 @@ from torch import nn
 from moe.config import RunConfig
 from moe.engines.parameters import check_experts
 from moe.errors import UserError, problem, raise_all
+from moe.jsonfile import read_json
 
 # keys that a section of the configuration decides, and which
 OWNED = {
@@ -111,7 +111,7 @@ def generate(config: RunConfig, world_size: int, device: str) -> dict[str, Any]:
 def read(path: Path) -> dict[str, Any]:
     """The overlay without what is "auto". Raises UserError with every key that is not for it."""
     try:
-        values = json.loads(path.read_text())
+        values = read_json(path)
     except OSError as error:
         raise UserError(f"deepspeed.overlay={path} cannot be read: {error.strerror}.") from error
     except ValueError as error:

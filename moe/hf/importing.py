@@ -16,6 +16,7 @@ from moe.hf.families import routed_config
 from moe.hf.gguf_file import read_gguf
 from moe.hf.layouts import has_shared_expert, routed_plan
 from moe.hf.native import HOMES, from_native
+from moe.jsonfile import read_json
 from moe.model import RoutedLlamaConfig
 from moe.upcycle import writer
 from moe.upcycle.receipt import Receipt, seal, versions
@@ -83,7 +84,7 @@ def _import_folder(folder: Path, name: str, out: Path, dtype: torch.dtype | None
 
 
 def _copy_config(folder: Path, target: Path, dtype: torch.dtype | None) -> None:
-    fields = json.loads((folder / "config.json").read_text())
+    fields = read_json(folder / "config.json")
     if dtype is not None:
         fields["dtype"] = str(dtype).removeprefix("torch.")
         fields.pop("torch_dtype", None)  # the same field's older name

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from moe.errors import UserError
+from moe.jsonfile import read_json
 
 if TYPE_CHECKING:  # it needs Triton, which is not everywhere
     from moe.kernels.tune import Sizes, Timing
@@ -65,7 +66,7 @@ def read_table(path: Path) -> dict[str, Any]:
     if not path.exists():
         return {}
     try:
-        table = json.loads(path.read_text())
+        table = read_json(path)
         for by_dtype in table.values():
             for by_kernel in by_dtype.values():
                 for by_rows in by_kernel.values():

@@ -50,8 +50,9 @@ def _load_folder(folder: Path) -> PreTrainedModel:
         )
     except SafetensorError as error:
         raise Corrupt(f"{folder}: {error}") from error
-    except (OSError, ValueError) as error:
-        raise UserError(f"{folder}: {str(error).strip().splitlines()[0]}") from error
+    except Exception as error:  # transformers raises what it likes over a bad folder
+        reason = (str(error).strip() or repr(error)).splitlines()[0]
+        raise UserError(f"{folder}: {reason}") from error
     _check_keys(folder, info["missing_keys"], info["unexpected_keys"])
     require_finite(folder, model.named_parameters())
     return model.eval()
@@ -70,7 +71,7 @@ def load_tokenizer(folder: Path) -> Any:
     """The tokenizer beside the weights. Raises UserError where there is none."""
     try:
         return AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
-    except (OSError, ValueError) as error:
+    except Exception as error:  # transformers raises what it likes over a bad file
         raise UserError(
             f"{folder} has no tokenizer that can be read: copy tokenizer.json and "
             "tokenizer_config.json into it."

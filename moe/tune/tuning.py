@@ -20,6 +20,7 @@ from typing import Any
 
 from moe.errors import UserError, raise_all
 from moe.hf.loading import identity
+from moe.jsonfile import read_json
 from moe.tune import legality
 from moe.tune.families import Part, Site
 from moe.tune.legality import Semantics
@@ -79,11 +80,11 @@ class Tuning:
     def read(cls, path: Path) -> "Tuning":
         """Raises UserError with everything that is wrong in the file."""
         try:
-            body = json.loads(path.read_text())
+            body = read_json(path)
         except (OSError, UnicodeDecodeError) as error:
             reason = error.strerror if isinstance(error, OSError) else "not text"
             raise UserError(f"{path}: {reason}.") from error
-        except (ValueError, RecursionError) as error:
+        except ValueError as error:
             raise UserError(f"{path} is not JSON ({error}).") from error
         if not isinstance(body, dict) or body.get("format") != FORMAT:
             raise UserError(f"{path} is not a tuning: its format is not {FORMAT!r}.")

@@ -13,6 +13,7 @@ import torch
 import xxhash
 
 from moe.errors import Corrupt
+from moe.jsonfile import read_json
 from moe.upcycle.expression import num_columns, num_rows
 from moe.upcycle.source import (
     JOURNAL,
@@ -47,7 +48,7 @@ class Receipt:
         if not path.is_file():
             return None
         try:
-            receipt = cls(**json.loads(path.read_text()))
+            receipt = cls(**read_json(path))
             _check_form(receipt)
         except (ValueError, TypeError) as error:
             raise Corrupt(f"{path}: not a receipt ({error}).") from error

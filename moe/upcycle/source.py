@@ -4,13 +4,14 @@ No mapping: mapped pages count as this process's memory, and a conversion must s
 the checkpoint's size. Nothing is trusted: sizes, offsets and names are checked before use.
 """
 
-import json
+import itertools
 import math
 import os
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
+from typing import Any
 
 import torch
 import xxhash
@@ -19,11 +20,15 @@ from transformers import AutoConfig, PreTrainedConfig
 
 import moe.model  # noqa: F401  (registers RoutedLlama with AutoConfig)
 from moe.errors import Corrupt, UserError
+from moe.jsonfile import parse_json, read_json
 
 BLOCK_BYTES = 32 * 2**20  # a sum or a draw in double precision takes up to 16 times as much
 MAX_HEADER_BYTES = 100 * 2**20
 SIZES = ("hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads",
          "num_key_value_heads", "head_dim", "vocab_size", "max_position_embeddings")  # fmt: skip
+LARGEST = 2**24  # of any size; the largest vocabularies and contexts have some ten million
+MOST_LAYERS = 10_000
+NO_SIZES = ("theta", "base", "position_embeddings")  # which may well be larger
 INDEX = "model.safetensors.index.json"
 JOURNAL = "journal.json"  # of a folder under construction
 PARTIAL = ".partial"  # ends its name
@@ -62,7 +67,7 @@ def read_header(path: Path) -> dict[str, StoredTensor]:
         if size < 8 or length > min(size - 8, MAX_HEADER_BYTES):
             raise Corrupt(f"{path}: truncated or not safetensors ({size} bytes, header {length}).")
         try:
-            header = json.loads(file.read(length))
+            header = parse_json(file.read(length), object_pairs_hook=_once)
             header.pop("__metadata__", None)
             for name, e in header.items():
                 if e["dtype"] not in DTYPES:
@@ -74,8 +79,8 @@ def read_header(path: Path) -> dict[str, StoredTensor]:
                 (
                     name,
                     DTYPES[e["dtype"]],
-                    tuple(map(int, e["shape"])),
-                    *map(int, e["data_offsets"]),
+                    tuple(map(_whole, e["shape"])),
+                    _range(e["data_offsets"]),
                 )
                 for name, e in header.items()
             ]
@@ -83,8 +88,8 @@ def read_header(path: Path) -> dict[str, StoredTensor]:
             raise
         except (ValueError, KeyError, TypeError, AttributeError, UnicodeDecodeError) as error:
             raise Corrupt(f"{path}: unreadable safetensors header ({error}).") from error
-    tensors = {}
-    for name, dtype, shape, start, stop in entries:
+    tensors: dict[str, StoredTensor] = {}
+    for name, dtype, shape, (start, stop) in entries:
         expected = math.prod(shape) * dtype.itemsize
         if not 0 <= start <= stop or stop - start != expected or min(shape, default=0) < 0:
             raise Corrupt(f"{path}: {name} {shape} needs {expected} bytes, has {stop - start}.")
@@ -94,7 +99,30 @@ def read_header(path: Path) -> dict[str, StoredTensor]:
                 "Download the file again."
             )
         tensors[name] = StoredTensor(name, path, dtype, shape, 8 + length + start, stop - start)
+    placed = sorted((t for t in tensors.values() if t.size), key=lambda t: t.start)
+    for left, right in itertools.pairwise(placed):
+        if left.start + left.size > right.start:
+            raise Corrupt(f"{path}: {left.name} and {right.name} overlap.")
     return tensors
+
+
+def _once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    """An object whose keys are all there once: readers disagree on which of two counts."""
+    found = dict(pairs)
+    if len(found) < len(pairs):
+        raise ValueError("a name is there twice")
+    return found
+
+
+def _whole(value: Any) -> int:
+    if type(value) is not int:
+        raise ValueError(f"{value!r:.40} is not a whole number")
+    return value
+
+
+def _range(value: Any) -> tuple[int, int]:
+    start, stop = map(_whole, value)  # ValueError where there are not two
+    return start, stop
 
 
 def require_finished(folder: Path) -> None:
@@ -115,6 +143,7 @@ def read_config(folder: Path) -> PreTrainedConfig:
             raise UserError(f"{folder} is a run: give one of its checkpoints/step-N folders.")
         raise UserError(f"{folder} {what}. Give a model folder; a GGUF file or hub id needs "
                         "`moe import` first.")  # fmt: skip
+    _check_links(folder)
     _check_sizes(folder / "config.json")
     try:
         return AutoConfig.from_pretrained(folder, trust_remote_code=False)
@@ -125,20 +154,59 @@ def read_config(folder: Path) -> PreTrainedConfig:
         raise UserError(f"{folder}/config.json cannot be read: {reason[:400]}") from error
 
 
+def _check_links(folder: Path) -> None:
+    """Raise UserError naming every link of a folder that leads out of it: what it points to would
+    be read as the model's and copied along with it. A hub cache's snapshots are links to its blobs.
+    """
+    home = folder.resolve()
+    homes = [home]
+    if home.parent.name == "snapshots":
+        homes.append(home.parents[1] / "blobs")
+    wrong = [
+        path
+        for path in sorted([*folder.iterdir(), *folder.glob("*/*")])
+        if path.is_symlink() and not any(path.resolve().is_relative_to(h) for h in homes)
+    ]
+    if wrong:
+        raise UserError(
+            f"{folder}: {len(wrong)} links lead out of it, first {wrong[0].name} to "
+            f"{wrong[0].resolve()}. If it is yours, make it whole: cp -rL {folder} NEW."
+        )
+
+
 def _check_sizes(path: Path) -> None:
     """Raise UserError naming every size that is none: transformers divides by them."""
     try:
-        fields = json.loads(path.read_text())
+        fields = read_json(path)
     except ValueError:
         return  # what is wrong with it is said by who reads it all
+    fields = fields if isinstance(fields, dict) else {}
     wrong = [
-        f"{name}={fields[name]!r}"
+        f"{name}={fields[name]!r:.40}"
         for name in SIZES
-        if isinstance(fields, dict) and fields.get(name) is not None
-        if not (isinstance(fields[name], int) and fields[name] > 0)
+        if fields.get(name) is not None
+        if not (type(fields[name]) is int and fields[name] > 0)
     ]
     if wrong:
         raise UserError(f"{path}: {', '.join(wrong)}: sizes are positive whole numbers.")
+    layers = fields.get("num_hidden_layers") or 0
+    wrong = [f"num_hidden_layers={layers} exceeds {MOST_LAYERS}"] if layers > MOST_LAYERS else []
+    wrong += [f"{name}={n!r:.40} exceeds {LARGEST}" for name, n in _numbers(fields) if n > LARGEST]
+    if wrong:  # they would be allocated, or gone through, before anything else is looked at
+        raise UserError(f"{path}: {', '.join(wrong[:3])}: no model is that large.")
+
+
+def _numbers(fields: Any) -> Iterator[tuple[str, int]]:
+    """Every whole number of a config that may be a size, whatever it is called, with its name."""
+    waiting = [("", fields)]
+    while waiting:
+        name, value = waiting.pop()
+        if type(value) is int and not name.endswith(NO_SIZES):
+            yield name, value
+        elif isinstance(value, dict):
+            waiting += value.items()
+        elif isinstance(value, list):
+            waiting += ((name, v) for v in value)
 
 
 @dataclass(frozen=True)
@@ -171,11 +239,11 @@ def weight_files(folder: Path) -> list[Path]:
     """The safetensors files of a model folder, by index where there is one."""
     if (folder / INDEX).is_file():
         try:
-            names = sorted(set(json.loads((folder / INDEX).read_text())["weight_map"].values()))
+            names = sorted(set(read_json(folder / INDEX)["weight_map"].values()), key=str)
         except (ValueError, KeyError, AttributeError, TypeError) as error:
             raise Corrupt(f"{folder / INDEX}: not an index of weights ({error}).") from error
-        if outside := [n for n in names if Path(n).name != n]:
-            raise Corrupt(f"{folder / INDEX}: {outside[0]!r} lies outside the folder.")
+        if outside := [n for n in names if not _plain_name(n)]:
+            raise Corrupt(f"{folder / INDEX}: {outside[0]!r:.80} lies outside the folder.")
         if missing := [n for n in names if not (folder / n).is_file()]:
             raise UserError(
                 f"{folder}: {len(missing)} of {len(names)} shards are missing: "
@@ -201,6 +269,10 @@ def weight_files(folder: Path) -> list[Path]:
             "safetensors and GGUF are read: convert it where you trust it, with save_pretrained."
         )
     raise UserError(f"{folder} holds no weights: expected model.safetensors or {INDEX}.")
+
+
+def _plain_name(name: Any) -> bool:
+    return isinstance(name, str) and Path(name).name == name != ".." and "\0" not in name
 
 
 def read_rows(tensor: StoredTensor, start: int, stop: int) -> Tensor:

@@ -1,0 +1,75 @@
+#!/usr/bin/env bash
+# Trains with DeepSpeed's launcher: one node here, the nodes of a hostfile over ssh, or under SLURM
+# this node's part of many. torchrun.sh runs engine=deepspeed just as well, and restarts ranks.
+#
+#   launch/deepspeed.sh [options] CONFIG [key.path=value ...]
+#
+#   --ranks N              ranks on each node; default: this one's GPUs, 1 without any
+#   --hostfile FILE        nodes to start over ssh, as lines "HOST slots=GPUS"; OUT must be shared
+#   --nodes N              nodes of the run, started each by this script (1)
+#   --node-rank N          which of them this is; default SLURM_NODEID
+#   --rendezvous HOST:PORT where they meet, on node 0; needed for more than one node
+#   --dry-run              print what would be run, and run nothing
+#   --help
+#
+# SIGTERM and SIGUSR1 are passed on to the ranks of this node once: all ranks save and end. So with
+# a hostfile start it on one of its nodes. Exit codes: 85 where OUT/preempted says that the run was
+# preempted (start it again), else that of the first rank that failed. OUT/logs has a file for every
+# rank. BIN=DIR names the folder of the python to use. For NCCL_… see torchrun.sh --help.
+set -euo pipefail
+ROOT=$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)
+# shellcheck source=launch/launcher.sh
+. "$ROOT/launch/launcher.sh"
+RANKS='' NODES=1 NODE_RANK=${SLURM_NODEID:-0} RENDEZVOUS='' HOSTFILE='' DRY_RUN=''
+
+while [ $# -gt 0 ]; do
+    case $1 in
+        --ranks | --hostfile | --nodes | --node-rank | --rendezvous)
+            [ $# -ge 2 ] || fail "$1 needs a value."
+            name=$(tr '[:lower:]-' '[:upper:]_' <<< "${1#--}")
+            declare "$name=$2"
+            shift 2
+            ;;
+        --dry-run)
+            DRY_RUN=1
+            shift
+            ;;
+        -h | --help) usage 0 ;;
+        -*) fail "$1 is not an option. See --help." ;;
+        *) break ;;
+    esac
+done
+[ $# -gt 0 ] || fail "CONFIG is missing. See --help."
+[[ $NODES =~ ^[1-9][0-9]*$ ]] || fail "--nodes $NODES is not a number from 1 on."
+[[ $NODE_RANK =~ ^[0-9]+$ ]] && [ "$NODE_RANK" -lt "$NODES" ] ||
+    fail "--node-rank $NODE_RANK: the $NODES nodes are 0 to $((NODES - 1))."
+[ -z "$HOSTFILE" ] || [ "$NODES" = 1 ] || fail "--hostfile names the nodes: leave out --nodes."
+[ -z "$HOSTFILE" ] || [ -f "$HOSTFILE" ] || fail "--hostfile $HOSTFILE is not a file."
+find_python
+read_config "$@"
+"$PYTHON" -c 'import importlib.util as u, sys; sys.exit(not u.find_spec("deepspeed"))' ||
+    fail "$PYTHON has no deepspeed. pip install 'moe-stack[deepspeed]', or use launch/torchrun.sh."
+check_ranks
+if [ -z "$RENDEZVOUS" ]; then
+    [ "$NODES" = 1 ] || fail "--nodes $NODES needs --rendezvous HOST:PORT, HOST being node 0."
+    RENDEZVOUS=127.0.0.1:$(free_port)
+fi
+[[ $RENDEZVOUS =~ ^.+:[0-9]+$ ]] || fail "--rendezvous $RENDEZVOUS is not HOST:PORT."
+[ "$NODE_RANK" != 0 ] || [ -n "$DRY_RUN" ] || check_port "${RENDEZVOUS##*:}"
+
+# DeepSpeed wants {"node": [0, 1, ...], ...} in base64
+world() {
+    local node slots
+    slots=$(seq -s , 0 $((RANKS - 1)))
+    for node in $(seq 0 $((NODES - 1))); do
+        printf '%s"node-%s": [%s]' "$([ "$node" = 0 ] || echo ', ')" "$node" "$slots"
+    done | sed 's/.*/{&}/' | base64 -w 0
+}
+prepare
+rank=(--no_python --no_local_rank "$ROOT/launch/rank.sh" "$STATE" "$OUT" "$PYTHON" "$@")
+if [ -n "$HOSTFILE" ]; then
+    launch "$PYTHON" -m deepspeed.launcher.runner --hostfile "$HOSTFILE" \
+        --master_port "${RENDEZVOUS##*:}" "${rank[@]}"
+fi
+launch "$PYTHON" -m deepspeed.launcher.launch "--world_info=$(world)" "--node_rank=$NODE_RANK" \
+    "--master_addr=${RENDEZVOUS%:*}" "--master_port=${RENDEZVOUS##*:}" "${rank[@]}"

@@ -1,0 +1,94 @@
+# What the batch scripts share: the container, a step that is watched over.
+# Sourced by them. Needs ROOT and DRY_RUN; sets NODES, SRUN, CONTAINER, MOE and code.
+# shellcheck shell=bash disable=SC2034 # what it sets is used where it is sourced
+
+NODES=${SLURM_NNODES:-1}
+CONTAINER=()
+
+usage() {
+    sed -n '2,/^[^#]/{/^#SBATCH/d;s/^# \{0,1\}//p}' "$0"
+    exit "$1"
+}
+
+fail() {
+    printf 'error: %s\n' "$@" >&2
+    exit 2
+}
+
+# head_node: the first of the job's nodes
+head_node() {
+    local nodes=$HOSTNAME
+    if [ -n "${SLURM_JOB_NODELIST:-}" ]; then
+        nodes=$(scontrol show hostnames "$SLURM_JOB_NODELIST")
+    fi
+    echo "${nodes%%$'\n'*}"
+}
+
+# find_container: the prefix of a step's command, and srun's options, that run it in MOE_CONTAINER
+find_container() {
+    SRUN=(srun --nodes "$NODES" --ntasks "$NODES" --ntasks-per-node 1 --kill-on-bad-exit=1)
+    local mounts="$ROOT:$ROOT${MOE_MOUNTS:+,$MOE_MOUNTS}"
+    case ${MOE_CONTAINER:-} in
+        '') ;;
+        *.sif | docker://* | oras://*)
+            CONTAINER=(apptainer exec --nv --pwd "$PWD" --bind "$mounts" "$MOE_CONTAINER")
+            ;;
+        *) SRUN+=("--container-image=$MOE_CONTAINER" "--container-mounts=$mounts"
+            "--container-workdir=$PWD") ;;
+    esac
+}
+
+# forward: tell the step, once, whatever signal came: srun hands USR1 to every task
+forward() {
+    interrupted=1
+    [ -z "$signalled" ] || return 0
+    signalled=$1
+    echo "SIG$1 after $SECONDS s: passed on to the step as SIG$2" >&2
+    kill -s "$2" "$step" 2> /dev/null || true
+}
+
+# run_step SIGNAL COMMAND...: run it, SIGTERM and SIGUSR1 passed on as SIGNAL; sets `code`
+run_step() {
+    local passed=$1
+    shift
+    printf '+'
+    printf ' %q' "$@"
+    echo
+    code=0 signalled='' interrupted='' step=''
+    [ -z "$DRY_RUN" ] || return 0
+    # bash runs no trap while it waits for a command in the foreground
+    "$@" &
+    step=$!
+    # shellcheck disable=SC2064 # the signal is known now
+    trap "forward TERM $passed" TERM
+    # shellcheck disable=SC2064
+    trap "forward USR1 $passed" USR1
+    while :; do
+        interrupted='' code=0
+        wait "$step" || code=$?
+        [ -n "$interrupted" ] || break
+    done
+}
+
+# requeue: put this job into the queue again and end with 85
+requeue() {
+    trap '' TERM USR1 # SLURM ends what is requeued
+    echo "preempted: scontrol requeue $SLURM_JOB_ID" >&2
+    scontrol requeue "$SLURM_JOB_ID" ||
+        echo "error: job $SLURM_JOB_ID was not requeued: submit it again, and it goes on." >&2
+    exit 85
+}
+
+# find_moe: the command `moe`, of BIN, else of the repository's environment, else the container's or
+# PATH's
+find_moe() {
+    local bin=${BIN:-$ROOT/.venv/bin}
+    MOE=("$bin/moe")
+    if [ -n "${MOE_CONTAINER:-}" ] && [ -z "${BIN:-}" ]; then
+        MOE=(moe)
+    elif [ ! -x "$bin/moe" ]; then
+        [ -z "${BIN:-}" ] || fail "BIN=$BIN has no moe."
+        command -v moe > /dev/null || fail "no moe in $bin or PATH. Run \`make setup\`, or set BIN=DIR."
+        MOE=(moe)
+    fi
+}
