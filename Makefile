@@ -9,7 +9,7 @@ export OMP_NUM_THREADS ?= $(shell nproc)
 export HF_HUB_DISABLE_TELEMETRY = 1
 export TOKENIZERS_PARALLELISM = false
 
-.PHONY: help setup demo check lint test test-full gpu bench clean
+.PHONY: help setup demo check lint test test-full gpu soak bench clean
 
 help:
 	@sed -n 's/^# //p' Makefile; grep -oE '^[a-z-]+:' Makefile | tr -d ':' | paste -sd ' '
@@ -44,6 +44,10 @@ test-full: lint
 gpu:
 	$(PYTHON) bench/gpu.py $(if $(ONLY),--only $(ONLY)) $(if $(RESULTS),--results $(RESULTS)) \
 	    $(if $(PEERS),--peers $(PEERS))
+
+# random kills, signals and full disks for SOAK_MINUTES
+soak: setup
+	PYTHONPATH=. $(BIN)/python tests/soak.py --minutes $(or $(SOAK_MINUTES),30) --out bench/results
 
 bench: setup
 	bench/run.sh

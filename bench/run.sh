@@ -30,5 +30,6 @@ fi
 "$bin/python" bench/tune_record.py --out "$out"
 "$bin/python" bench/scaling.py --out "$out"
 "$bin/python" bench/checkpoint.py --out "$out" --work .bench
+"$bin/python" bench/metrics.py --threads 1 --out "$out"
 "$bin/python" bench/upcycle_copy.py --source "$weights" --moe "$bin/moe" \
     --mergekit "$peer/bin/mergekit-moe" --work .bench/work --out "$out"

@@ -1,7 +1,7 @@
 """The `moe` command: each subcommand lives in its room and is imported only when it is called.
 
-Exit codes: 0 done, 1 training met a number that is not finite, 2 the request is wrong, 3 data is
-damaged.
+Exit codes: 0 done, 1 training met numbers that are not finite, 2 the request is wrong, 3 data is
+damaged, 85 training was preempted and has saved.
 """
 
 import atexit
@@ -101,7 +101,8 @@ def main() -> None:
     try:
         app()
     except MoeError as error:
-        print(f"error: {error}", file=sys.stderr)
+        if str(error):
+            print(f"{error.label}: {error}", file=sys.stderr)
         sys.exit(error.exit_code)
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)

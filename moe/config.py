@@ -65,6 +65,8 @@ class Train(Section):
     selection_bias_rate: float = Field(1e-3, ge=0)
     """Step of the selection biases, for models that have them."""
     log_every: int = Field(10, gt=0)
+    time_limit: float | None = Field(None, gt=0)
+    """Seconds after which the run saves and ends with exit code 85, as on SIGTERM; null: none."""
 
 
 Beta = Annotated[float, Field(ge=0, lt=1)]
@@ -114,6 +116,18 @@ class DeepSpeed(Section):
     """A DeepSpeed JSON with further settings; keys that this file decides are refused."""
 
 
+class Guard(Section):
+    """Which steps are skipped: weights and moments stay, data and schedule go on."""
+
+    consecutive: int = Field(5, gt=0)
+    """So many skipped steps in a row end the run."""
+    spike: float | None = Field(None, gt=0)
+    """Deviations above its recent mean from which on a loss or gradient norm is not trusted; null:
+    only what is not finite."""
+    window: int = Field(128, ge=16)
+    """Clean steps that the mean and the deviation are of."""
+
+
 class Checkpoint(Section):
     every: int = Field(500, gt=0)
     keep: int = Field(3, gt=0)
@@ -144,6 +158,7 @@ class RunConfig(Section):
     schedule: Schedule = Schedule()
     parallel: Parallel = Parallel()
     deepspeed: DeepSpeed = DeepSpeed()
+    guard: Guard = Guard()
     checkpoint: Checkpoint = Checkpoint()
     eval: Evaluation = Evaluation()
 

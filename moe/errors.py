@@ -11,6 +11,7 @@ class MoeError(Exception):
     """Base of all errors that end a command with one line instead of a traceback."""
 
     exit_code = 1
+    label = "error"  # before the message
 
 
 class UserError(MoeError, ValueError):
@@ -31,6 +32,13 @@ class Corrupt(MoeError):
     """Data on disk is damaged or incomplete: a hash, a shape or a file is not what was written."""
 
     exit_code = 3
+
+
+class Preempted(MoeError):
+    """The run was asked to end and has saved: the same command again goes on."""
+
+    exit_code = 85
+    label = "preempted"
 
 
 def problem(check: Callable[..., Any], *arguments: Any) -> list[str]:

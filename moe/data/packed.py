@@ -50,7 +50,7 @@ class PackedDataset(GPTDataset):
         name = manifest.fingerprint
         indexed = IndexedDataset(str(prefix))
         super().__init__(indexed, name, documents, None, Split.train, config)
-        self.document_boundaries = document_boundaries
+        self.prefix, self.document_boundaries = prefix, document_boundaries
         self.samples_per_pass = len(self.shuffle_index)
         self._pass, self._order = 0, self.shuffle_index
 
@@ -81,9 +81,21 @@ class PackedDataset(GPTDataset):
         if number == 0:
             return self.shuffle_index
         if number != self._pass:
-            random = numpy.random.RandomState([self.config.random_seed, number])
-            self._pass, self._order = number, random.permutation(self.samples_per_pass)
+            self._pass, self._order = number, self._draw_order(number)
         return self._order
+
+    def _draw_order(self, number: int) -> numpy.ndarray:
+        random = numpy.random.RandomState([self.config.random_seed, number])
+        return random.permutation(self.samples_per_pass)
+
+    def origin(self, index: int) -> dict[str, Any]:
+        """Where a sample comes from: its source and the numbers of the documents in it."""
+        number, place = divmod(int(index), self.samples_per_pass)
+        # drawn again: the order that is kept belongs to the thread that reads ahead
+        row = int((self._draw_order(number) if number else self.shuffle_index)[place])
+        (first, _), (last, _) = self.sample_index[row], self.sample_index[row + 1]
+        documents = self.document_index[first : last + 1]
+        return {"source": str(self.prefix), "documents": [int(d) for d in documents]}
 
     def _read(self, row: int) -> list[numpy.ndarray]:
         """Tokens of one sample and the token after it, a part per document."""
@@ -103,6 +115,11 @@ class Blend(BlendedDataset):
         sample = super().__getitem__(index)
         del sample["dataset_id"]
         return sample
+
+    def origin(self, index: int) -> dict[str, Any]:
+        """Where a sample comes from, as its source says it."""
+        source, place = self.dataset_index[index], self.dataset_sample_index[index]
+        return self.datasets[source].origin(place)
 
 
 def open_packed(

@@ -47,6 +47,9 @@ class Engine(Protocol):
     def step(self, lr: float, scale: Tensor) -> None:
         """Scale the gradient, update the parameters, drop the gradient."""
 
+    def skip(self) -> None:
+        """Drop the gradient, and change nothing else."""
+
     def train(self, mode: bool) -> None:
         """Training or evaluation mode."""
 

@@ -182,6 +182,33 @@ class DeepSpeedEngine:
             group["lr"] = lr
         self.engine.step()
 
+    def skip(self) -> None:
+        """DeepSpeed's own step would update with what is not finite (stage 0), or not at all what
+        is. Its accumulators are emptied as that step leaves them.
+        """
+        zero: Any = self.engine.optimizer
+        if self.stage == 0:
+            self.engine.zero_grad()
+            return
+        zero.zero_grad()
+        if isinstance(zero, BF16_Optimizer):
+            return
+        if self.stage == 3:
+            zero._pre_step()
+            zero.averaged_gradients = {}
+            zero.grad_partitions_flat_buffer.zero_()
+        else:
+            zero.micro_step_id = -1
+            for group in zero.averaged_gradients:
+                zero.averaged_gradients[group] = zero.all_grad_tensors[group] = None
+        if self.offloads:
+            if self.stage < 3:
+                zero._offload_accumulated_param_ids = set()
+            zero.reset_cpu_buffers()
+            for part in self._partitions():
+                if part.grad is not None:
+                    part.grad.zero_()
+
     def train(self, mode: bool) -> None:
         self.engine.train(mode)
 

@@ -133,6 +133,9 @@ class NativeEngine:
         self.optimizer.step()
         self.optimizer.zero_grad(set_to_none=True)
 
+    def skip(self) -> None:
+        self.optimizer.zero_grad(set_to_none=True)
+
     def train(self, mode: bool) -> None:
         self.model.train(mode)
 

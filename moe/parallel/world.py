@@ -57,6 +57,10 @@ class Ranks:
             distributed.all_reduce(tensor)
         return tensor
 
+    def any(self, flag: bool) -> bool:
+        """Whether it is so on any rank."""
+        return bool(self.sum(torch.tensor([float(flag)], device=self.device), every=1).item())
+
     def gather(self, value: Any) -> list[Any]:
         """The value of every rank, on every rank."""
         if self.size == 1:
@@ -100,16 +104,15 @@ def world(timeout: float = 1800.0) -> Iterator[Ranks]:
         device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0")))
         torch.cuda.set_device(device)
     joined = distributed.is_initialized()  # by a test harness, or an engine's own launcher
-    if not joined:
-        backend = "nccl" if device.type == "cuda" else "gloo"
-        if size > 1:
+    backend = "nccl" if device.type == "cuda" else "gloo"
+    try:
+        if joined:
+            size, rank = distributed.get_world_size(), distributed.get_rank()
+        elif size > 1:
             distributed.init_process_group(backend, timeout=timedelta(seconds=timeout))
         else:
             store = distributed.HashStore()
             distributed.init_process_group(backend, store=store, rank=0, world_size=1)
-    else:
-        size, rank = distributed.get_world_size(), distributed.get_rank()
-    try:
         yield Ranks(rank, size, device)
     except RuntimeError as error:
         if size == 1 or not LOST.search(str(error)):
@@ -120,5 +123,5 @@ def world(timeout: float = 1800.0) -> Iterator[Ranks]:
             "own output; start the run again, and it goes on from its newest checkpoint."
         ) from error
     finally:
-        if not joined:
+        if not joined and distributed.is_initialized():
             distributed.destroy_process_group()

@@ -5,10 +5,15 @@
 import os
 import sys
 
-from moe.errors import MoeError
-from moe.train.command import app
+from moe.train import preempt
 
-if __name__ == "__main__":
+
+def main() -> None:
+    """Run the command on this rank; end our own errors in one line and their exit code."""
+    preempt.watch()  # before the imports, which take seconds
+    from moe.errors import MoeError
+    from moe.train.command import app
+
     # DeepSpeed's launcher says with an argument what torchrun says in LOCAL_RANK, and says it too
     arguments = [a for a in sys.argv[1:] if not a.startswith("--local_rank=")]
     try:
@@ -16,5 +21,10 @@ if __name__ == "__main__":
     except MoeError as error:
         rank = os.environ.get("RANK", "0")
         if str(error):
-            print(f"error{f' on rank {rank}' if rank != '0' else ''}: {error}", file=sys.stderr)
+            place = f" on rank {rank}" if rank != "0" else ""
+            print(f"{error.label}{place}: {error}", file=sys.stderr)
         sys.exit(error.exit_code)
+
+
+if __name__ == "__main__":
+    main()

@@ -6,6 +6,7 @@ from typing import Annotated
 import typer
 
 from moe.config import load
+from moe.train import preempt
 
 app = typer.Typer(add_completion=False)
 
@@ -18,6 +19,7 @@ def run(
     ] = None,
 ) -> None:
     """Continue-train a model: one process here, several under torchrun with -m moe.train."""
+    preempt.watch()
     settings = load(config, overrides or [])
     from moe.train.loop import train
 

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from moe.model import LayerLoad, LayerRouting, RoutedLlamaConfig, RoutingLoad
+from moe.model.spec import DenseMLP
 
 Part = Literal["attention", "mlp"]
 PARTS: tuple[Part, Part] = ("attention", "mlp")
@@ -40,6 +41,16 @@ class StepLoads:
     def of(self, part: Part) -> dict[int, RoutingLoad]:
         """Layer to load, for the layers where this part is routed."""
         return {layer: load for (layer, p), load in self.routers.items() if p == part}
+
+    def selections(self, config: RoutedLlamaConfig) -> tuple[list[Tensor], list[Tensor]]:
+        """Tokens per expert of each MLP with selection biases, and how many each is to have."""
+        counts, targets = [], []
+        for layer, load in self.of("mlp").items():
+            spec = config.mlp_spec(layer)
+            if not isinstance(spec, DenseMLP) and spec.selection_bias:
+                counts.append(load.counts)
+                targets.append(load.tokens * spec.top_k / spec.num_experts)
+        return counts, targets
 
     def summary(self) -> dict[str, float]:
         """Per part: worst load over mean, dead share, entropy over its maximum, balance, z; the
@@ -111,3 +122,18 @@ class LoadMeter:
                 counts, probability, entropy, tokens, balance / mean, z / mean, *dropped
             )
         return StepLoads(routers, self.num_layers)
+
+
+def plain(reference: list[LayerLoad] | None) -> list[list[list[float] | None]] | None:
+    """Loads as JSON: float32 survives the way through Python's floats."""
+    if reference is None:
+        return None
+    return [[None if f is None else f.tolist() for f in layer] for layer in reference]
+
+
+def tensors(plain: list[list[list[float] | None]], device: torch.device) -> list[LayerLoad]:
+    """The reverse of `plain`."""
+    return [
+        LayerLoad(*(None if f is None else torch.tensor(f, device=device) for f in layer))
+        for layer in plain
+    ]

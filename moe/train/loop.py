@@ -4,7 +4,6 @@ train(config)        # in one process, or in every process that torchrun starts
 """
 
 import math
-import time
 from pathlib import Path
 from typing import Any
 
@@ -15,27 +14,30 @@ from moe import engines
 from moe.checkpoint import store
 from moe.config import RunConfig
 from moe.data.dataset import build_dataset
-from moe.data.manifest import read_manifest
-from moe.data.sampler import Batches, validation_batches
+from moe.data.sampler import Batches, step_indices, validation_batches
 from moe.engines.base import Engine
-from moe.errors import MoeError, UserError, problem, raise_all
-from moe.hf.families import routed_config
-from moe.hf.loading import load_model as load_trained
-from moe.model import LayerLoad, RoutedLlamaConfig, RoutedLlamaForCausalLM
-from moe.model.accounting import flops_per_token
+from moe.errors import UserError
+from moe.model import LayerLoad, RoutedLlamaConfig
 from moe.model.losses import update_selection_bias
-from moe.model.spec import DenseMLP
 from moe.model.union import UnionRouter
 from moe.parallel.loss import cross_entropy
 from moe.parallel.world import Ranks, world
 from moe.progress import quiet_libraries
 from moe.train.configurations import check_same, differences, say_once
-from moe.train.loads import LoadMeter, StepLoads
-from moe.train.metrics import Reporter, peak_flops
+from moe.train.guard import Generators, Guard, Skipped, suspects
+from moe.train.loads import LoadMeter, StepLoads, plain, tensors
+from moe.train.metrics import Pace, Reporter, headline
+from moe.train.preempt import Preemption
 from moe.train.schedule import annealed, learning_rate
-from moe.train.starting import BUFFERS, data_step, history, open_model, starting_point
+from moe.train.starting import (
+    BUFFERS,
+    check_files,
+    data_step,
+    history,
+    load_model,
+    starting_point,
+)
 from moe.upcycle.receipt import versions
-from moe.upcycle.source import Source, require_finite
 from moe.upcycle.writer import copy_side_files
 
 
@@ -48,46 +50,15 @@ def train(config: RunConfig) -> None:
         Run(config, ranks).go()
 
 
-def load_model(source: Source) -> RoutedLlamaForCausalLM:
-    """The model in float32. A dense folder trains as a RoutedLlama with nothing routed.
-
-    Raises UserError where the folder is not a whole model, or none of LLaMA's kind, Corrupt where
-    its values are not finite.
-    """
-    if store.is_checkpoint(source.folder):  # weights alone: moments, schedule and data are new
-        return load_trained(source.folder).float()
-    config = source.config
-    if not isinstance(config, RoutedLlamaConfig):
-        config = routed_config(config)  # of the same tensors under the same names
-    loaded: Any = RoutedLlamaForCausalLM.from_pretrained(
-        source.folder, config=config, dtype=torch.float32, output_loading_info=True
-    )
-    model, found = loaded
-    if missing := sorted(found["missing_keys"]):
-        raise UserError(f"model={source.folder} lacks {len(missing)} tensors such as {missing[0]}.")
-    require_finite(source.folder, model.named_parameters())
-    return model
-
-
-def check_files(config: RunConfig) -> Source:
-    """The model's headers, after a look at all that the run will read.
-
-    Raises UserError with everything that is missing or does not fit, before anything is loaded.
-    """
-    found: list[Source] = []
-    problems = problem(lambda: found.append(open_model(config)))
-    for part in (*config.data.train, *config.data.validation):
-        problems += problem(read_manifest, part.path)
-    raise_all(problems)
-    return found[0]
-
-
 class Run:
     """One training run on one rank."""
 
     def __init__(self, config: RunConfig, ranks: Ranks) -> None:
         self.config, self.ranks = config, ranks.split(config.parallel.tensor)
         ranks = self.ranks
+        self.preemption = Preemption(config.out, self.ranks, config.train.time_limit)
+        self.leaving = False  # as all ranks have agreed
+        self._leave_if_asked(max((step for step, _ in store.steps(config.out)), default=0))
         torch.manual_seed(config.seed + ranks.rank)  # dropout differs by rank, nothing else draws
         if config.train.resume == "never" and store.latest(config.out) is not None:
             raise UserError(
@@ -135,15 +106,20 @@ class Run:
             asynchronous=checkpoint.asynchronous, timeout=config.parallel.timeout,
         )  # fmt: skip
         self.data_step = 0  # at which the data's first sample was due
+        self.guard = Guard(config.guard)
+        self.reporter: Reporter | None = None  # rank 0's
+        self.unvalidated = False  # of a step that is to be validated
         self.step = self._resume()
+        self.begun = self.step  # nothing is lost by leaving at this step
 
     def go(self) -> None:
         """Train until the last step."""
-        config, reporter = self.config, None
+        config = self.config
+        self._leave_if_asked(self.step)
         if self.ranks.rank == 0:
             (config.out / "config.yaml").write_text(config.to_yaml())
-            reporter = Reporter(config.out, config.to_yaml(), self.step, config.train.steps)
-            print(self._headline(), flush=True)
+            self.reporter = Reporter(config.out, config.to_yaml(), self.step, config.train.steps)
+            print(headline(config, self.ranks, self.step), flush=True)
         batches = Batches(
             self.dataset,
             global_batch_size=config.train.global_batch_size,
@@ -152,36 +128,61 @@ class Run:
             world_size=self.ranks.data_size,
             consumed_samples=self.consumed_samples,
         )
-        mark = time.monotonic(), self.step
         try:
+            self._between_steps()
+            pace = Pace(config, self.model_config, self.ranks, self.step)
             while self.step < config.train.steps:
                 loss, norm, lr, loads = self.train_step(batches)
-                if self.step % config.train.log_every == 0 or self.step == config.train.steps:
-                    metrics = self._metrics(loss, norm, lr, loads, mark)
-                    mark = time.monotonic(), self.step
-                    if reporter:
-                        reporter.report(metrics, loads)
-                begin = time.monotonic()
                 last = self.step == config.train.steps
-                if self.validation is not None and (self.step % config.eval.every == 0 or last):
-                    value = self.validate()
-                    if reporter:
-                        reporter.validation(self.step, value)
-                if self.step % config.checkpoint.every == 0 or last:
-                    self.save()
-                mark = mark[0] + time.monotonic() - begin, mark[1]  # tokens/s is of training alone
+                if loads is not None and (last or self.step % config.train.log_every == 0):
+                    found = {"loss": loss.item(), "grad_norm": norm.item(), "lr": lr}
+                    metrics = {"step": self.step, **found, **pace.take(self.step)}
+                    if self.reporter:
+                        self.reporter.report(metrics | loads.summary(), loads)
+                due = last or self.step % config.eval.every == 0
+                self.unvalidated = due and self.validation is not None
+                with pace.stopped():
+                    self._between_steps(save=last or self.step % config.checkpoint.every == 0)
             self.finish_saving()
         finally:
             self.saver.close()
             batches.close()
-            if reporter:
-                reporter.close()
+            if self.reporter:
+                self.reporter.close()
 
-    def train_step(self, batches: Batches) -> tuple[Tensor, Tensor, float, StepLoads]:
+    def _between_steps(self, save: bool = False) -> None:
+        """Validate and save where it is due, and leave where ranks were asked to."""
+        if self.unvalidated and not self.leaving:
+            value = self.validate()
+            if self.reporter and value is not None:
+                self.reporter.validation(self.step, value)
+            self.unvalidated = value is None
+        if save and not self.leaving:
+            self.save()
+            if self.step < self.config.train.steps:
+                self.leaving = self.ranks.any(self.preemption.asked)
+        if self.leaving:
+            self._leave()
+
+    def _leave_if_asked(self, step: int) -> None:
+        """Where nothing has been trained that is not saved."""
+        if self.ranks.any(self.preemption.asked):
+            self.preemption.leave(step)
+
+    def _leave(self) -> None:
+        """End the run at this step, saved."""
+        if self.step != self.begun:
+            self.save()  # unless this step is saved already
+        self.finish_saving()
+        self.preemption.leave(self.step)
+
+    def train_step(self, batches: Batches) -> tuple[Tensor, Tensor, float, StepLoads | None]:
         """One optimiser step: mean loss per token of the global batch, gradient norm, lr, loads.
 
-        Raises MoeError where the loss or the gradient is not finite: nothing is updated then.
+        There are no loads where the guard has the step skipped: nothing is updated then. Raises
+        MoeError where too many are skipped in a row.
         """
+        generators = Generators(self.ranks.device)
         settings, device = self.config.train, self.ranks.device
         for router in self.unions:
             experts, top_k = router.spec.num_experts, router.spec.top_k
@@ -191,48 +192,57 @@ class Run:
         labelled = self.ranks.sum(torch.stack([b["loss_mask"].sum() for b in micro]).sum())
         total = settings.global_batch_size * self.config.data.sequence_length
         self.engine.train(True)
-        summed = torch.zeros((), device=device)
+        losses = []
         for index, batch in enumerate(micro):
             output = self._forward(batch)
             loss = token_losses(output.logits, batch).sum() / labelled
             share = batch["tokens"].numel() / total
             self.engine.backward(loss + share * output.router_loss, index == len(micro) - 1)
-            summed += loss.detach()
+            losses.append(loss.detach())
             self.meter.add(output.routing)
-        trouble = summed.new_tensor(self.saver.trouble)
-        summed, trouble = self.ranks.sum(torch.stack([summed, trouble]), every=1)
+        summed = torch.stack(losses).sum()
+        flags = self.saver.trouble, float(self.preemption.asked)  # travel along
+        parts = torch.cat([summed[None], summed.new_tensor(flags)])
+        summed, trouble, asked = self.ranks.sum(parts, every=len(flags))
+        self.leaving = bool(asked.item())
         norm = self.engine.grad_norm()
-        if not math.isfinite(norm.item() + summed.item()):
-            first = self.step * settings.global_batch_size
-            raise MoeError(
-                f"step {self.step + 1}: gradient norm {norm.item()}, loss {summed.item():.4g}, on "
-                f"samples {first} to {first + settings.global_batch_size - 1}. Nothing was "
-                f"updated; the newest checkpoint: {store.latest(self.config.out) or 'none yet'}. "
-                "Lower optimizer.lr, or train.clip."
-            )
         if trouble.item():
             self.saver.learn()
         lr = learning_rate(
             self.step, self.config.schedule, self.config.optimizer.lr, settings.steps
         )
+        if reason := self.guard.judge(summed.item(), norm.item()):
+            generators.restore()
+            self._skip(reason, batches, losses)
+            return summed, norm, lr, None
         limit = torch.tensor(settings.clip or math.inf, device=norm.device, dtype=norm.dtype)
         self.engine.step(lr, (limit / (norm + 1e-6)).clamp(max=1.0))
         loads = self.meter.total(self.ranks.sum)
         self.reference = loads.reference()
-        self._move_biases(loads)
+        counts, targets = loads.selections(self.model_config)
+        update_selection_bias(self.biases, counts, targets, settings.selection_bias_rate)
         self.step += 1
         return summed, norm, lr, loads
 
-    def _move_biases(self, loads: StepLoads) -> None:
-        """Selection biases against the load of the step just taken."""
-        counts, targets = [], []
-        for layer, load in loads.of("mlp").items():
-            spec = self.model_config.mlp_spec(layer)
-            if not isinstance(spec, DenseMLP) and spec.selection_bias:
-                counts.append(load.counts)
-                targets.append(load.tokens * spec.top_k / spec.num_experts)
-        rate = self.config.train.selection_bias_rate
-        update_selection_bias(self.biases, counts, targets, rate)
+    def _skip(self, reason: str, batches: Batches, losses: list[Tensor]) -> None:
+        """Leave everything as it was before the step but the step itself."""
+        self.engine.skip()
+        self.meter = LoadMeter(self.model_config)
+        self.step += 1
+        size, ranks = self.config.train.global_batch_size, self.ranks
+        first = batches.consumed_samples - size
+        micro = step_indices(
+            first, global_batch_size=size, micro_batch_size=self.config.train.micro_batch_size,
+            rank=ranks.data_rank, world_size=ranks.data_size,
+        )  # fmt: skip
+        bad = sorted({i for found in ranks.gather(suspects(losses, micro)) for i in found})
+        samples = range(first, first + size)
+        self.guard.skip(self.step, samples)
+        if self.reporter:
+            origin = getattr(self.dataset, "origin", None)
+            origins = [{"sample": i, **origin(i)} for i in samples] if origin else []
+            self.reporter.skipped(Skipped(self.step, reason, samples, bad, origins))
+        self.guard.check(store.latest(self.config.out))
 
     def _forward(self, batch: dict[str, Tensor]) -> Any:
         return self.engine.forward(
@@ -243,8 +253,9 @@ class Run:
         )
 
     @torch.no_grad()
-    def validate(self) -> float:
-        """Mean loss per token over the same validation sequences every time, on any ranks.
+    def validate(self) -> float | None:
+        """Mean loss per token over the same validation sequences every time, on any ranks; None
+        where ranks are asked to leave meanwhile.
 
         Of the model as it would be saved: unions with their own number of experts, annealed or not.
         """
@@ -260,37 +271,11 @@ class Run:
             batch = {k: v.to(self.ranks.device) for k, v in batch.items()}
             logits = self._forward(batch).logits
             sums += torch.stack([token_losses(logits, batch).sum(), batch["loss_mask"].sum()])
+            self.leaving = self.ranks.any(self.preemption.asked)
+            if self.leaving:
+                return None
         loss, count = self.ranks.sum(sums).tolist()
         return loss / max(count, 1.0)
-
-    def _metrics(
-        self, loss: Tensor, norm: Tensor, lr: float, loads: StepLoads, mark: tuple[float, int]
-    ) -> dict[str, Any]:
-        elapsed, steps = time.monotonic() - mark[0], self.step - mark[1]
-        length = self.config.data.sequence_length
-        per_step = self.config.train.global_batch_size * length
-        rate = steps * per_step / elapsed
-        peak = peak_flops(self.ranks.device)
-        flops = flops_per_token(self.model_config, length)
-        return {
-            "step": self.step,
-            "loss": loss.item(),
-            "grad_norm": norm.item(),
-            "lr": lr,
-            "tokens": self.step * per_step,
-            "tokens_per_second": rate,
-            "mfu": rate * flops / (peak * self.ranks.size) if peak else None,
-            **loads.summary(),
-        }
-
-    def _headline(self) -> str:
-        config = self.config
-        return (
-            f"{config.model} on {self.ranks.size} rank(s) of {self.ranks.device.type}, "
-            f"{config.train.dtype}: steps {self.step} to {config.train.steps}, "
-            f"{config.train.global_batch_size} × {config.data.sequence_length} tokens each, "
-            f"into {config.out}"
-        )
 
     @property
     def consumed_samples(self) -> int:
@@ -308,7 +293,10 @@ class Run:
             "updates": self.engine.updates,
             "origin": self.origin,
             "versions": versions(),
-            "reference": _plain(self.reference),
+            "reference": plain(self.reference),
+            "guard": self.guard.state(),
+            "unvalidated": self.unvalidated,
+            "ranks": self.ranks.size,  # each has its own random state
             "config": self.config.model_dump(mode="json"),
         }
         self.saver.save(self.step, self.engine.state(), progress, self._side_files)
@@ -343,11 +331,17 @@ class Run:
                 if state is not None:
                     torch.cuda.set_rng_state(state)
         if progress["reference"] is not None:
-            self.reference = _tensors(progress["reference"], self.ranks.device)
+            self.reference = tensors(progress["reference"], self.ranks.device)
+        self.unvalidated = self.validation is not None and progress.get("unvalidated", False)
+        if "guard" in progress:
+            self.guard.restore(progress["guard"])
         if self.ranks.rank == 0:
             print(f"going on from {folder}", flush=True)
             if self.data_step == progress["step"] and self.data_step:
                 print("  with the first sample of its data (data.restart)", flush=True)
+            then = progress.get("ranks", self.ranks.size)
+            if self.model_config.attention_dropout and then != self.ranks.size:
+                print(f"  dropout masks differ from those of the {then} ranks that wrote it")
             for line in differences(progress["config"], self.config.model_dump(mode="json")):
                 print(f"  changed since then: {line}", flush=True)
         return int(progress["step"])
@@ -356,17 +350,3 @@ class Run:
 def token_losses(logits: Tensor, batch: dict[str, Tensor]) -> Tensor:
     """Cross entropy of every label in float32, 0 where it does not count: [B·S]."""
     return cross_entropy(logits, batch["labels"]) * batch["loss_mask"].flatten()
-
-
-def _plain(reference: list[LayerLoad] | None) -> list[list[list[float] | None]] | None:
-    """Loads as JSON: float32 survives the way through Python's floats."""
-    if reference is None:
-        return None
-    return [[None if f is None else f.tolist() for f in layer] for layer in reference]
-
-
-def _tensors(plain: list[list[list[float] | None]], device: torch.device) -> list[LayerLoad]:
-    return [
-        LayerLoad(*(None if f is None else torch.tensor(f, device=device) for f in layer))
-        for layer in plain
-    ]

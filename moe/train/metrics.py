@@ -1,14 +1,23 @@
 """What a run reports: one aligned line, its JSON twin, TensorBoard. Rank 0 only."""
 
+import contextlib
+import functools
 import json
 import time
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch.utils.tensorboard import SummaryWriter
 
+from moe.config import RunConfig
+from moe.errors import UserError
+from moe.model import RoutedLlamaConfig
+from moe.model.accounting import flops_per_token
+from moe.parallel.world import Ranks
 from moe.progress import duration
+from moe.train.guard import Skipped
 from moe.train.loads import PARTS, Part, StepLoads
 
 # Dense bfloat16 peak in FLOP/s, by a part of the device's name (vendors' data sheets).
@@ -23,6 +32,8 @@ PEAKS = {
     "MI300X": 1307e12,
 }
 
+PICTURES = 0.005  # of a run's time may go into drawing them
+
 
 def peak_flops(device: torch.device) -> float | None:
     """The device's dense bfloat16 peak; None where it is not known, as for CPUs."""
@@ -30,6 +41,61 @@ def peak_flops(device: torch.device) -> float | None:
         return None
     name = torch.cuda.get_device_name(device)
     return next((peak for part, peak in PEAKS.items() if part in name), None)
+
+
+def headline(config: RunConfig, ranks: Ranks, step: int) -> str:
+    """What a run that starts at `step` is about to do."""
+    return (
+        f"{config.model} on {ranks.size} rank(s) of {ranks.device.type}, "
+        f"{config.train.dtype}: steps {step} to {config.train.steps}, "
+        f"{config.train.global_batch_size} × {config.data.sequence_length} tokens each, "
+        f"into {config.out}"
+    )
+
+
+class Pace:
+    """How fast training alone is, from `step` on."""
+
+    def __init__(
+        self, config: RunConfig, model: RoutedLlamaConfig, ranks: Ranks, step: int
+    ) -> None:
+        length = config.data.sequence_length
+        self.tokens = config.train.global_batch_size * length  # of a step
+        peak = peak_flops(ranks.device)
+        self.share = flops_per_token(model, length) / (peak * ranks.size) if peak else None
+        self._step, self._begin = step, time.monotonic()
+
+    def take(self, step: int) -> dict[str, Any]:
+        """Tokens seen, tokens/s since the last take, and the share of the device that they took."""
+        now = time.monotonic()
+        rate = (step - self._step) * self.tokens / (now - self._begin)
+        self._step, self._begin = step, now
+        mfu = rate * self.share if self.share else None
+        return {"tokens": step * self.tokens, "tokens_per_second": rate, "mfu": mfu}
+
+    @contextlib.contextmanager
+    def stopped(self) -> Iterator[None]:
+        """Time that does not count."""
+        begin = time.monotonic()
+        yield
+        self._begin += time.monotonic() - begin
+
+
+def written(report: Callable[..., None]) -> Callable[..., None]:
+    """Say in a line that the disk takes no more: raises UserError, and the run ends."""
+
+    @functools.wraps(report)
+    def call(self: "Reporter", *given: Any) -> None:
+        try:
+            report(self, *given)
+        except OSError as error:
+            raise UserError(
+                f"{self.path} or TensorBoard's files beside it cannot be written: "
+                f"{error.strerror or error}. Start the run again once that is mended, and it goes "
+                "on from its newest checkpoint."
+            ) from error
+
+    return call
 
 
 class Reporter:
@@ -40,13 +106,16 @@ class Reporter:
 
     def __init__(self, out: Path, config_text: str, first: int, steps: int) -> None:
         self.first, self.steps, self._begin = first, steps, time.monotonic()
-        path = out / "metrics.jsonl"
-        kept = path.with_name(path.name + ".partial")
-        kept.write_text("".join(lines_until(path, first)))
+        self._drawn = 0.0  # seconds
+        self.path = path = out / "metrics.jsonl"
+        kept, lines = path.with_name(path.name + ".partial"), lines_until(path, first)
+        self._validated = {x["step"] for x in map(json.loads, lines) if "validation_loss" in x}
+        kept.write_text("".join(lines))
         self._file = kept.rename(path).open("a")
         self._board = SummaryWriter(str(out / "tensorboard"), purge_step=first + 1)
         self._board.add_text("config", f"```yaml\n{config_text}```")
 
+    @written
     def report(self, metrics: dict[str, Any], loads: StepLoads) -> None:
         """Print, append and draw one step's metrics."""
         print(self.line(metrics), flush=True)
@@ -57,16 +126,29 @@ class Reporter:
             if name not in ("step", "tokens") and value is not None:
                 group = name if "/" in name else f"train/{name}"
                 self._board.add_scalar(group, value, step)
+        begin = time.monotonic()
+        picture = step == self.steps or self._drawn <= PICTURES * (begin - self._begin)
         for part, noun in zip(PARTS, ("heads", "experts"), strict=True):
-            self._draw(part, noun, loads, step)
+            self._draw(part, noun, loads, step, picture)
+        self._drawn += (time.monotonic() - begin) * picture
         self._board.flush()
 
+    @written
     def validation(self, step: int, loss: float) -> None:
-        """Report a validation loss."""
+        """Report a validation loss, unless it was before an interruption."""
+        if step in self._validated:
+            return
         print(f"step {step:>6}  validation loss {loss:.4f}", flush=True)
         self._file.write(json.dumps({"step": step, "validation_loss": loss}) + "\n")
         self._file.flush()
         self._board.add_scalar("validation/loss", loss, step)
+
+    @written
+    def skipped(self, step: Skipped) -> None:
+        """Report a step that was not taken."""
+        print(step, flush=True)
+        self._file.write(json.dumps(step.record(), allow_nan=False) + "\n")
+        self._file.flush()
 
     def line(self, metrics: dict[str, Any]) -> str:
         """The metrics in one line of fixed columns."""
@@ -90,7 +172,7 @@ class Reporter:
         left = (time.monotonic() - self._begin) / (step - self.first) * (self.steps - step)
         return "  ".join([*columns, f"left {duration(left)}"])
 
-    def _draw(self, part: Part, noun: str, loads: StepLoads, step: int) -> None:
+    def _draw(self, part: Part, noun: str, loads: StepLoads, step: int, picture: bool) -> None:
         """Each layer's load as a histogram over its units, and all layers as one picture."""
         by_layer = loads.of(part)
         if not by_layer:
@@ -109,11 +191,14 @@ class Reporter:
                 bucket_counts=counts.tolist(),
                 global_step=step,
             )
-        self._board.add_figure(f"{noun}/load", load_figure(by_layer, noun, step), step)
+        if picture:
+            self._board.add_figure(f"{noun}/load", load_figure(by_layer, noun, step), step)
 
     def close(self) -> None:
-        self._file.close()
-        self._board.close()
+        """End; what a full disk does not take has been said before."""
+        for writer in (self._file, self._board):
+            with contextlib.suppress(OSError):
+                writer.close()
 
 
 def lines_until(path: Path, last: int) -> list[str]:

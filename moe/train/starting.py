@@ -3,16 +3,21 @@
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from moe.checkpoint import store
 from moe.checkpoint.manifest import Manifest
 from moe.config import RunConfig
+from moe.data.manifest import read_manifest
 from moe.engines.base import check_patterns
-from moe.errors import Corrupt, UserError
+from moe.errors import Corrupt, UserError, problem, raise_all
 from moe.hf.families import routed_config
 from moe.hf.inspect import checkpoint_steps
+from moe.hf.loading import load_model as load_trained
+from moe.model import RoutedLlamaConfig, RoutedLlamaForCausalLM
 from moe.parallel.world import Ranks
 from moe.upcycle.receipt import Receipt
-from moe.upcycle.source import Source, read_config
+from moe.upcycle.source import Source, read_config, require_finite
 
 BUFFERS = ".selection_bias"
 READ_AS = ("train", "sequence_length", "document_boundaries")  # what decides a run's samples
@@ -34,6 +39,40 @@ def open_model(config: RunConfig) -> Source:
     routed_config(source.config)  # refuses families that are not LLaMA's
     check_patterns([n for n in names if not n.endswith(BUFFERS)], config.train.trainable)
     return source
+
+
+def load_model(source: Source) -> RoutedLlamaForCausalLM:
+    """The model in float32. A dense folder trains as a RoutedLlama with nothing routed.
+
+    Raises UserError where the folder is not a whole model, or none of LLaMA's kind, Corrupt where
+    its values are not finite.
+    """
+    if store.is_checkpoint(source.folder):  # weights alone: moments, schedule and data are new
+        return load_trained(source.folder).float()
+    config = source.config
+    if not isinstance(config, RoutedLlamaConfig):
+        config = routed_config(config)  # of the same tensors under the same names
+    loaded: Any = RoutedLlamaForCausalLM.from_pretrained(
+        source.folder, config=config, dtype=torch.float32, output_loading_info=True
+    )
+    model, found = loaded
+    if missing := sorted(found["missing_keys"]):
+        raise UserError(f"model={source.folder} lacks {len(missing)} tensors such as {missing[0]}.")
+    require_finite(source.folder, model.named_parameters())
+    return model
+
+
+def check_files(config: RunConfig) -> Source:
+    """The model's headers, after a look at all that the run will read.
+
+    Raises UserError with everything that is missing or does not fit, before anything is loaded.
+    """
+    found: list[Source] = []
+    problems = problem(lambda: found.append(open_model(config)))
+    for part in (*config.data.train, *config.data.validation):
+        problems += problem(read_manifest, part.path)
+    raise_all(problems)
+    return found[0]
 
 
 def history(model: Path) -> list[dict[str, Any]]:

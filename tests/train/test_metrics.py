@@ -8,6 +8,7 @@ import re
 import subprocess
 import sys
 from pathlib import Path
+from unittest import mock
 
 import pytest
 import torch
@@ -16,6 +17,7 @@ import yaml
 from matplotlib import image
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
+from moe.errors import UserError
 from moe.model import RoutingLoad
 from moe.train.loads import LoadMeter, StepLoads
 from moe.train.metrics import Reporter, lines_until
@@ -88,11 +90,24 @@ def test_tensorboard_has_scalars_histograms_and_pictures(reported) -> None:
         assert sum(events[0].histogram_value.bucket) == chosen * 8 * toy_run.SEQUENCE
     for noun in PARTS:
         pictures = board.Images(f"{noun}/load")
-        assert [picture.step for picture in pictures] == [5, 10, 12]
+        assert [picture.step for picture in pictures] == [5, 12], "no time for one in between"
         pixels = image.imread(io.BytesIO(pictures[0].encoded_image_string), format="png")
         assert pixels.shape[:2] == (pictures[0].height, pictures[0].width)
         assert pixels.std() > 0.01, "a picture of something"
     assert "sequence_length" in str(board.Tensors("config/text_summary")[0].tensor_proto)
+
+
+def test_a_full_disk_is_said_in_a_line(tmp_path) -> None:
+    reporter = Reporter(tmp_path, "", 0, 100)
+    full = mock.Mock(side_effect=OSError(28, "No space left on device"))
+    with (
+        mock.patch.object(reporter._board, "add_scalar", full),
+        pytest.raises(UserError, match=r"metrics\.jsonl or .*: No space left on device\. Start"),
+    ):
+        reporter.validation(1, 0.5)
+    reporter.validation(2, 0.5)  # the control
+    with mock.patch.object(reporter._board, "close", full):
+        reporter.close()
 
 
 def metrics_at(step: int) -> dict:

@@ -110,7 +110,7 @@ def no_updates(patch: pytest.MonkeyPatch) -> None:
 
 
 def no_reference(patch: pytest.MonkeyPatch) -> None:
-    patch.setattr("moe.train.loop._tensors", lambda plain, device: None)
+    patch.setattr("moe.train.loop.tensors", lambda plain, device: None)
 
 
 def other_samples(patch: pytest.MonkeyPatch) -> None:

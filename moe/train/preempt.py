@@ -1,0 +1,87 @@
+"""Preemption: a signal or a time limit ends a run at its next step, saved, with exit code 85.
+
+    watch()                                    # the first thing that a process does
+    preemption = Preemption(out, ranks, limit)
+    if ranks.any(preemption.asked): ...        # save, then
+    preemption.leave(step)                     # OUT/preempted, and Preempted on every rank
+
+Schedulers signal with SIGTERM or SIGUSR1 before they kill. Ranks must agree at which step they end,
+or they would wait for one another: a signal is only ever looked for, at points that all reach.
+"""
+
+import json
+import os
+import signal
+import threading
+import time
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import TYPE_CHECKING, NoReturn
+
+from moe.errors import Preempted
+
+if TYPE_CHECKING:
+    from moe.parallel.world import Ranks
+
+MARKER = "preempted"  # in the run folder
+SIGNALS = frozenset({signal.SIGTERM, signal.SIGUSR1})
+_received: list[str] = []
+_watching = threading.Event()
+
+
+def watch() -> None:
+    """From now on SIGTERM and SIGUSR1 wait until they are looked for, however often they come."""
+    for number in SIGNALS:
+        signal.signal(number, lambda given, _: _received.append(signal.Signals(given).name))
+    _watching.set()
+    _block()
+
+
+def _block() -> None:
+    # Processes that are started inherit this: compilers outlive a signal that goes to the whole
+    # group, which is how torchrun sends it. multiprocessing's resource tracker unblocks SIGTERM
+    # when it starts; hence the handlers, and blocking again.
+    if _watching.is_set():
+        signal.pthread_sigmask(signal.SIG_BLOCK, SIGNALS)
+
+
+class Preemption:
+    """What ends a run before its last step. One per rank; `limit` in seconds from now."""
+
+    def __init__(self, out: Path, ranks: "Ranks", limit: float | None = None) -> None:
+        self.out, self.ranks, self.limit = out, ranks, limit
+        self.end = None if limit is None else time.monotonic() + limit
+        if ranks.rank == 0:
+            (out / MARKER).unlink(missing_ok=True)
+
+    @property
+    def reason(self) -> str:
+        """What has asked this rank to end; empty where nothing has."""
+        if self.end is not None and time.monotonic() >= self.end:
+            return f"train.time_limit={self.limit:g}"
+        pending = []
+        if _watching.is_set():
+            pending = sorted(signal.Signals(n).name for n in signal.sigpending() & SIGNALS)
+            _block()
+        return (_received or pending or [""])[0]
+
+    @property
+    def asked(self) -> bool:
+        """Whether this rank has been asked to end."""
+        return bool(self.reason)
+
+    def leave(self, step: int) -> NoReturn:
+        """Mark the run folder and raise Preempted, on every rank, once all are done with saving."""
+        reasons = self.ranks.gather(self.reason)
+        rank, reason = next((r, text) for r, text in enumerate(reasons) if text)
+        if len(reasons) > 1 and not all(reasons):
+            reason += f" on rank {rank}"
+        message = f"{reason} at step {step}. Start the run again, and it goes on from there."
+        if self.ranks.rank == 0:
+            now = datetime.now(UTC).isoformat(timespec="seconds")
+            self.out.mkdir(parents=True, exist_ok=True)
+            partial = self.out / f"{MARKER}.partial"
+            partial.write_text(json.dumps({"step": step, "reason": reason, "time": now}) + "\n")
+            os.replace(partial, self.out / MARKER)
+        self.ranks.barrier()  # a launcher kills all ranks as soon as one has ended
+        raise Preempted(message if self.ranks.rank == 0 else "")
