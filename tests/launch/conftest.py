@@ -5,9 +5,7 @@ from pathlib import Path
 import launching
 import pytest
 import toy_run
-
-# of 30 steps, so that there is time to disturb them
-STEPS = ["train.steps=30", "checkpoint.every=5", "schedule.warmup_steps=1"]
+from launching import STEPS
 
 
 @pytest.fixture(scope="session")

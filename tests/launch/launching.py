@@ -14,6 +14,9 @@ from typing import Any
 
 import yaml
 
+# overrides of a run that takes some seconds, and is saved along the way
+STEPS = ["train.steps=30", "checkpoint.every=5", "schedule.warmup_steps=1"]
+
 HERE = Path(__file__).parent
 ROOT = HERE.parents[1]
 SHELLCHECK = shutil.which("shellcheck") or shutil.which(

@@ -7,8 +7,7 @@ from typing import Any
 
 import pytest
 import toy_run
-from conftest import STEPS
-from launching import ROOT, run, start, wait_for
+from launching import ROOT, STEPS, run, start, wait_for
 
 pytestmark = pytest.mark.slow
 SCRIPT = ROOT / "launch/torchrun.sh"

@@ -7,8 +7,7 @@ import signal
 import fake_slurm
 import pytest
 import toy_run
-from conftest import STEPS
-from launching import ROOT, start, wait_for
+from launching import ROOT, STEPS, start, wait_for
 from test_elastic import logged, untimed
 
 pytestmark = pytest.mark.slow
