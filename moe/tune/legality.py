@@ -174,19 +174,29 @@ def _unreached(site: Site, edits: list["Edit"], off: set[int], size: int) -> lis
     return []
 
 
+def emptied(tuning: "Tuning", sites: Sequence[Site]) -> list[Site]:
+    """Routers of which a token may get nothing: as many experts are off as it has."""
+    found = []
+    for site in sites:
+        edits = [e for e in tuning.experts if (e.layer, e.part) == (site.layer, site.part)]
+        off = sum(edit.kind == "off" or edit.action == "gain:0" for edit in edits)
+        if tuning.semantics.startswith("post_") and off >= site.top_k:
+            found.append(site)
+    return found
+
+
 def cautions(tuning: "Tuning", sites: Sequence[Site]) -> list[str]:
     """What a legal tuning does that its words do not say, a sentence each."""
-    found = []
+    found, empty = [], emptied(tuning, sites)
     for site in sites:
         edits = [e for e in tuning.experts if (e.layer, e.part) == (site.layer, site.part)]
         if tuning.semantics != "post_renorm" or not edits:
             continue
-        off = sum(edit.kind == "off" or edit.amount == 0 for edit in edits)
-        if off >= site.top_k:
+        if site in empty:
             found.append(
-                f"{site.name}: {off} experts are off and a token has {site.top_k}: one whose "
-                "experts are all off gets nothing from them, for there is nothing to renormalise "
-                "(pre_topk takes the next best instead)"
+                f"{site.name}: {len(edits)} experts are off and a token has {site.top_k}: one "
+                "whose experts are all off gets nothing from them, for there is nothing to "
+                "renormalise (pre_topk takes the next best instead)"
             )
         elif site.top_k == 1 and site.renormalises:
             found.append(

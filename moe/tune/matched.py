@@ -11,7 +11,8 @@ from typing import Literal, get_args
 import numpy as np
 
 from moe.errors import UserError
-from moe.tune.families import Site, columns
+from moe.tune.families import Part, Site, columns
+from moe.tune.legality import emptied
 from moe.tune.tuning import Edit, Tuning
 
 Kind = Literal["random", "rate_matched", "layer_matched"]
@@ -26,8 +27,9 @@ def draw(
     """As many experts as the tuning has, none of them its own, with its actions one by one.
 
     random: any of the same part (MLPs or attentions). rate_matched: of the nearest rate of being
-    on (`rate_C`: share of tokens). layer_matched: of the same router. Raises UserError where there
-    are not so many others, or where any such set asks too much of a router.
+    on (`rate_C`: share of tokens). layer_matched: of the same router. None leaves tokens of more
+    layers without any expert than the tuning does. Raises UserError where there are not so many
+    others, or where any such set asks too much of a router.
     """
     places = [(site, expert) for site in found for expert in range(site.experts)]
     starts = dict(zip(((s.layer, s.part) for s in found), columns(list(found)), strict=False))
@@ -40,7 +42,8 @@ def draw(
         # the fewest others first would need a matching; in any order, some draw succeeds
         for place in rng.permutation(len(own)):
             edit = tuning.experts[place]
-            others = _others(kind, own[place], places, rate_C, taken)
+            left_out = taken | _last_ones(edits, edit, tuning, found, starts)
+            others = _others(kind, own[place], places, rate_C, left_out)
             if not others:
                 raise UserError(
                     f"{kind} controls: {edit} has no other expert to stand for it "
@@ -52,13 +55,35 @@ def draw(
             site, expert = places[column]
             edits.append(Edit(layer=site.layer, part=site.part, expert=expert, action=edit.action))
         edits.sort(key=lambda e: (e.layer, e.part, e.expert))
+        drawn = with_edits(tuning, edits)
         try:
-            with_edits(tuning, edits).check(found)
+            drawn.check(found)
         except UserError as error:
             reason = error
             continue
+        # a layer that is off altogether is another experiment, and often the end of a model
+        if len(emptied(drawn, found)) > len(emptied(tuning, found)):
+            reason = UserError("they would leave tokens of more layers without any expert")
+            continue
         return edits
     raise UserError(f"{kind} controls: none of {ATTEMPTS} draws fits the routers ({reason}).")
+
+
+def _last_ones(
+    edits: Sequence[Edit], edit: Edit, tuning: Tuning, found: Sequence[Site],
+    starts: dict[tuple[int, Part], int],
+) -> set[int]:  # fmt: skip
+    """Columns of the routers that one more edit would leave tokens without any expert of."""
+    if emptied(tuning, found):  # it does so itself: what is drawn is counted at the end
+        return set()
+    columns_of: set[int] = set()
+    for site in found:
+        here = [e for e in edits if (e.layer, e.part) == (site.layer, site.part)]
+        more = Edit(layer=site.layer, part=site.part, expert=0, action=edit.action)
+        if emptied(with_edits(tuning, [*here, more]), [site]):
+            first = starts[site.layer, site.part]
+            columns_of |= set(range(first, first + site.experts))
+    return columns_of
 
 
 def with_edits(tuning: Tuning, edits: Sequence[Edit], scale: float | None = None) -> Tuning:

@@ -15,6 +15,7 @@ from torch.nn import functional as F
 
 from moe.errors import UserError
 from moe.tune.families import Site, columns
+from moe.tune.legality import emptied
 from moe.tune.matched import KINDS, NEAREST, draw
 from moe.tune.measure import losses, windows
 from moe.tune.prompts import Encoded
@@ -259,3 +260,17 @@ def test_bad_input_is_found_before_anything_is_measured(behaviour, tmp_path, cas
                  *(names.get(word, word) for word in more))  # fmt: skip
     assert result.code == 2 and expected in result.err, result.err
     assert not (tmp_path / "o").exists() and "conditions" not in result.err
+
+
+def test_controls_do_not_switch_whole_layers_off():
+    found = [site(layer, experts=4) for layer in range(6)]
+    tuning = tuning_of([Edit(layer=layer, expert=0) for layer in range(5)], found)
+    assert emptied(tuning, found) == []
+    for seed in range(40):
+        drawn = draw("random", tuning, found, np.zeros(24), seed)
+        places = [e.layer for e in drawn]
+        assert max(places.count(layer) for layer in places) == 1  # two are all that a token has
+    both = tuning_of([Edit(layer=0, expert=0), Edit(layer=0, expert=1)], found)
+    assert emptied(both, found) == found[:1]
+    sets = [draw("random", both, found, np.zeros(24), seed) for seed in range(40)]
+    assert any(a.layer == b.layer for a, b in sets)  # where the tuning does, they may
