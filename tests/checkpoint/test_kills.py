@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 import tiny
 import toy_run
-from injection import Call, as_rank, fork, free_port, inject, kill_at
+from injection import Call, as_rank, free_port, fresh, inject, kill_at
 
 from moe.checkpoint import store
 
@@ -46,7 +46,7 @@ def train(toys: toy_run.Toys, out: Path, victim: int = -1, number: int = -1) -> 
         lines = "".join(f"{c.number} {c.function} {c.path}\n" for c in calls)
         (out / f"calls {rank}").write_text(lines)
 
-    return fork([lambda rank=rank: one(rank) for rank in (0, 1)]), printed.read_text()
+    return fresh([lambda rank=rank: one(rank) for rank in (0, 1)]), printed.read_text()
 
 
 @pytest.fixture(scope="module")

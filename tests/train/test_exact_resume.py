@@ -20,7 +20,8 @@ from moe.train import loop
 from moe.train.guard import Generators
 
 pytestmark = pytest.mark.slow
-OPTIONS = ("train.steps=4", "checkpoint.every=2", "schedule.warmup_steps=1", "eval.every=2",
+OPTIONS = ("train.steps=4", "checkpoint.every=2", "checkpoint.asynchronous=false",
+           "schedule.warmup_steps=1", "eval.every=2",
            "eval.sequences=4", "train.selection_bias_rate=0.01")  # fmt: skip
 ZERO = "engine=deepspeed"
 NARROW = "train.dtype=bfloat16"

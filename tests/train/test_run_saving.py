@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 import toy_run
-from injection import Call, as_rank, fork, free_port, inject
+from injection import Call, as_rank, free_port, fresh, inject
 
 from moe.checkpoint import store
 from moe.errors import UserError
@@ -80,7 +80,7 @@ def test_every_rank_learns_of_a_failure_of_one(toys, tmp_path, tensor) -> None:
         with inject(tmp_path, full_at(4) if rank == 1 else lambda call: None):
             (tmp_path / f"printed {rank}").write_text(toy_run.run(config))
 
-    assert fork([lambda rank=rank: one(rank) for rank in (0, 1)]) == [0, 0]
+    assert fresh([lambda rank=rank: one(rank) for rank in (0, 1)]) == [0, 0]
     printed = [(tmp_path / f"printed {rank}").read_text() for rank in (0, 1)]
     assert printed[0].count("step-4 cannot be written on rank 1: No space left on device") == 1
     assert "cannot be written" not in printed[1]

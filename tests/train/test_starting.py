@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 import torch
 import toy_run
-from injection import as_rank, fork, free_port
+from injection import as_rank, free_port, fresh
 
 from moe.checkpoint import damage, manifest, store
 from moe.data.prepare import prepare
@@ -116,7 +116,7 @@ def test_ranks_find_damage_together_and_read_each_byte_once(toys, out) -> None:
         damage.hash_range = hash_range
         (out.parent / f"printed {rank}").write_text(toy_run.run(config))
 
-    assert fork([lambda rank=rank: one(rank) for rank in (0, 1)]) == [0, 0]
+    assert fresh([lambda rank=rank: one(rank) for rank in (0, 1)]) == [0, 0]
     printed = [(out.parent / f"printed {rank}").read_text() for rank in (0, 1)]
     assert "damaged: step-6; the newest sound checkpoint is step-4" in printed[0]
     assert "damaged" not in printed[1]
