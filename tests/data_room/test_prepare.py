@@ -13,7 +13,7 @@ from pathlib import Path
 import numpy
 import pandas
 import pytest
-from conftest import problems, train_tokenizer
+from corpora import problems, train_tokenizer
 from tokenizers import Tokenizer, models
 from transformers import AutoTokenizer, PreTrainedTokenizerFast
 from typer.testing import CliRunner
