@@ -10,17 +10,9 @@ import typer
 
 from moe.errors import UserError, problem, raise_all
 from moe.progress import quiet_libraries
+from moe.tune.command import OtherModel, Scale, TuningFile
 
 app = typer.Typer(add_completion=False)
-TuningFile = Annotated[
-    Path | None, typer.Option(help="tuning.json of moe tune, for MODEL and not the baselines.")
-]
-Scale = Annotated[
-    float | None, typer.Option(min=0, max=1, help="How much of the tuning; default its own.")
-]
-OtherModel = Annotated[
-    bool, typer.Option("--other-model", help="Take a tuning of another model of this shape.")
-]
 
 
 @app.command()

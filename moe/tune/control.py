@@ -84,8 +84,10 @@ def conditions(tuning: Tuning, subject: Subject, rate_C: np.ndarray, plan: Plan)
     for kind in plan.kinds:
         sets: list[list[Edit]] = []
         for seed in range(10 * plan.seeds):  # there may be fewer sets than are asked for
+            if len(sets) == plan.seeds:
+                break
             edits = draw(kind, tuning, subject.sites, rate_C, seed)
-            if edits not in sets and len(sets) < plan.seeds:
+            if edits not in sets:
                 sets.append(edits)
                 found.append(Condition(kind=kind, edits=edits, scale=full, seed=seed))
     firsts = columns(subject.sites)
@@ -160,10 +162,10 @@ def _call(found: Sequence[Condition], cases: Cases) -> None:
         condition.total, condition.over = own, np.ones(len(own))
 
 
-def value(cases_measure: Measure, total: np.ndarray, over: np.ndarray) -> float:
+def value(measure: Measure, total: np.ndarray, over: np.ndarray) -> float:
     """Perplexity, or the share of responses, of some prompts together."""
     mean = float(total.sum() / over.sum())
-    return math.exp(min(mean, 700.0)) if cases_measure == "loss" else mean
+    return math.exp(min(mean, 700.0)) if measure == "loss" else mean
 
 
 def summarise(found: Sequence[Condition], cases: Cases, tuning: Tuning) -> dict[str, Any]:

@@ -179,7 +179,7 @@ def emptied(tuning: "Tuning", sites: Sequence[Site]) -> list[Site]:
     found = []
     for site in sites:
         edits = [e for e in tuning.experts if (e.layer, e.part) == (site.layer, site.part)]
-        off = sum(edit.kind == "off" or edit.action == "gain:0" for edit in edits)
+        off = sum(edit.kind in ("off", "gain") and edit.amount == 0 for edit in edits)
         if tuning.semantics.startswith("post_") and off >= site.top_k:
             found.append(site)
     return found
@@ -194,8 +194,8 @@ def cautions(tuning: "Tuning", sites: Sequence[Site]) -> list[str]:
             continue
         if site in empty:
             found.append(
-                f"{site.name}: {len(edits)} experts are off and a token has {site.top_k}: one "
-                "whose experts are all off gets nothing from them, for there is nothing to "
+                f"{site.name}: as many experts are off as a token has ({site.top_k}): at scale 1 "
+                "one whose experts are all off gets nothing from them, for there is nothing to "
                 "renormalise (pre_topk takes the next best instead)"
             )
         elif site.top_k == 1 and site.renormalises:

@@ -138,6 +138,8 @@ def read_for(path: Path, model: Path, scale: float | None, other: bool) -> Tunin
     Whether it fits the model's routers is seen where it is applied.
     """
     tuning = Tuning.read(path)
+    if scale is not None and not 0 <= scale <= 1:
+        raise UserError(f"--scale {scale:g} must be between 0 and 1.")
     if scale is not None:
         tuning.scale = scale
     if not other:
