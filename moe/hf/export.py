@@ -144,12 +144,17 @@ def _write(
             keep_class(origin.path, whole, staging.folder)
         if sample is not None:
             receipt.verification = _verify(origin, target, to, sample, staging.folder, quiet)
-        for file in aside.iterdir():
-            file.rename(staging.folder / file.name)
-        aside.rmdir()
-        seal(staging.folder, receipt)
-        staging.publish()
+        publish(staging, aside, receipt)
     return receipt
+
+
+def publish(staging: writer.Staging, aside: Path, receipt: Receipt) -> None:
+    """Put what was kept aside until now into its place, hash everything, and let it appear."""
+    for file in aside.iterdir():
+        file.rename(staging.folder / file.name)
+    aside.rmdir()
+    seal(staging.folder, receipt)
+    staging.publish()
 
 
 def _step(

@@ -18,6 +18,7 @@ from transformers import AutoModelForCausalLM, PreTrainedConfig
 from moe.checkpoint import store
 from moe.errors import Corrupt, UserError
 from moe.hf import proof
+from moe.hf.export import publish
 from moe.hf.loading import identity
 from moe.hf.origin import Origin
 from moe.tune.families import Site, sites
@@ -25,7 +26,7 @@ from moe.tune.intervene import tuned
 from moe.tune.permanent import COUNTS, Change, permanent
 from moe.tune.tuning import Tuning, shape_of
 from moe.upcycle import writer
-from moe.upcycle.receipt import Receipt, seal, versions
+from moe.upcycle.receipt import Receipt, versions
 from moe.upcycle.tokenizer import keep_class
 from moe.upcycle.verify import assembled, load
 
@@ -116,11 +117,7 @@ def _write(
             keep_class(origin.path, whole, staging.folder)
         if sample is not None:
             receipt.verification = _verify(origin.path, staging.folder, tuning, sample, quiet)
-        for file in aside.iterdir():
-            file.rename(staging.folder / file.name)
-        aside.rmdir()
-        seal(staging.folder, receipt)
-        staging.publish()
+        publish(staging, aside, receipt)
     return receipt
 
 
