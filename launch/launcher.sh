@@ -1,6 +1,8 @@
 # What torchrun.sh and deepspeed.sh share: checks of the machine, and ranks that are watched over.
 # Sourced by them; needs ROOT. Sets BIN, PYTHON, RANKS, OUT and STATE.
 # shellcheck shell=bash
+# shellcheck source=launch/await.sh
+. "$ROOT/launch/await.sh"
 
 usage() {
     sed -n '2,/^[^#]/s/^# \{0,1\}//p' "$0"
@@ -92,7 +94,6 @@ marker() { stat -c '%i %y' "$OUT/preempted" 2> /dev/null || true; }
 
 # forward SIGNAL: to every rank here, once; before there are any, to the launcher itself
 forward() {
-    interrupted=1
     [ ! -e "$STATE/signal" ] || return 0
     echo "$1" > "$STATE/signal"
     echo "$(basename "$0"): SIG$1, passed on to the ranks, which save and end" >&2
@@ -108,18 +109,14 @@ forward() {
 watch() {
     local before code failed
     before=$(marker)
-    interrupted='' agent=''
+    agent=''
     trap 'rm -rf "$STATE"' EXIT
     trap 'forward TERM' TERM
     trap 'forward USR1' USR1
-    trap 'interrupted=1; kill -s INT "$agent"' INT
+    trap 'kill -s INT "$agent"' INT
     setsid "$@" & # in a session of its own, signals to this one's group do not reach it as well
     agent=$!
-    while :; do
-        interrupted='' code=0
-        wait "$agent" || code=$?
-        [ -n "$interrupted" ] || break
-    done
+    await "$agent"
     trap '' TERM USR1 INT # SLURM ends the other nodes where one has another code than 0
     if preempted "$before"; then
         echo "$(basename "$0"): preempted; the run goes on where it was when it is started again" >&2

@@ -15,8 +15,9 @@ attempt=${TORCHELASTIC_RESTART_COUNT:-0}
 log=$(printf '%s/logs/rank-%05d.log' "$out" "$RANK")
 [ ! -e "$state/signal" ] || exit 143 # a run that is to end is not started again
 
-interrupted=''
-trap 'interrupted=1' TERM INT USR1 # they reach the whole process group: the rank answers them
+# shellcheck source=launch/await.sh
+. "$(dirname "${BASH_SOURCE[0]}")/await.sh"
+trap : TERM INT USR1 # they reach the whole process group: the rank answers them
 mkdir -p "$out/logs"
 printf '== %s rank %s of %s on %s, attempt %s\n' \
     "$(date -u +%FT%TZ)" "$RANK" "$WORLD_SIZE" "$HOSTNAME" "$attempt" >> "$log"
@@ -27,11 +28,7 @@ else
 fi
 process=$!
 echo "$process" > "$state/pid-$RANK"
-while :; do
-    interrupted='' code=0
-    wait "$process" || code=$?
-    [ -n "$interrupted" ] || break # a trapped signal ends the wait, not the process
-done
+await "$process"
 rm -f "$state/pid-$RANK"
 case $code in
     0) exit 0 ;;

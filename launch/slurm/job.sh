@@ -1,6 +1,8 @@
 # What the batch scripts share: the container, a step that is watched over.
 # Sourced by them. Needs ROOT and DRY_RUN; sets NODES, SRUN, CONTAINER, MOE and code.
 # shellcheck shell=bash disable=SC2034 # what it sets is used where it is sourced
+# shellcheck source=launch/await.sh
+. "$ROOT/launch/await.sh"
 
 NODES=${SLURM_NNODES:-1}
 CONTAINER=()
@@ -40,7 +42,6 @@ find_container() {
 
 # forward: tell the step, once, whatever signal came: srun hands USR1 to every task
 forward() {
-    interrupted=1
     [ -z "$signalled" ] || return 0
     signalled=$1
     echo "SIG$1 after $SECONDS s: passed on to the step as SIG$2" >&2
@@ -54,7 +55,7 @@ run_step() {
     printf '+'
     printf ' %q' "$@"
     echo
-    code=0 signalled='' interrupted='' step=''
+    code=0 signalled='' step=''
     [ -z "$DRY_RUN" ] || return 0
     # bash runs no trap while it waits for a command in the foreground
     "$@" &
@@ -63,11 +64,7 @@ run_step() {
     trap "forward TERM $passed" TERM
     # shellcheck disable=SC2064
     trap "forward USR1 $passed" USR1
-    while :; do
-        interrupted='' code=0
-        wait "$step" || code=$?
-        [ -n "$interrupted" ] || break
-    done
+    await "$step"
 }
 
 # requeue: put this job into the queue again and end with 85

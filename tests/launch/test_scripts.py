@@ -1,8 +1,10 @@
 """Launch scripts as texts: their syntax, their help, their dry runs and what they refuse."""
 
+import signal
 import socket
 import subprocess
 import sys
+import time
 
 import fake_slurm
 import launching
@@ -16,7 +18,7 @@ HELPFUL = [p for p in SCRIPTS if p.name in ("torchrun.sh", "deepspeed.sh") or p.
 @pytest.mark.parametrize("path", SCRIPTS, ids=lambda p: p.name)
 def test_syntax(path):
     subprocess.run(["bash", "-n", path], check=True)
-    if path.name not in ("launcher.sh", "job.sh"):  # which are sourced
+    if path.name not in ("launcher.sh", "job.sh", "await.sh"):  # which are sourced
         assert "\nset -euo pipefail\n" in path.read_text()
 
 
@@ -211,3 +213,28 @@ def test_batch_scripts_refuse_to_run_outside_of_a_job(tmp_path):
         assert "no SLURM job here" in refusal(script, tmp_path, {})
     elsewhere = {"SLURM_SUBMIT_DIR": str(tmp_path)}
     assert "is not the repository" in refusal(script, tmp_path, elsewhere)
+
+
+@pytest.mark.parametrize("lasting", [True, False])
+def test_no_storm_of_signals_ends_the_wait(tmp_path, lasting):
+    """Negative control: bash's own `wait` ends with the first signal."""
+    script = tmp_path / "script.sh"
+    await_child = f'. {ROOT}/launch/await.sh\nawait "$child"'
+    wait_once = 'code=0\nwait "$child" || code=$?'
+    launching.executable(
+        script,
+        # a trap has the arguments of the function that it interrupts
+        "file=$1\nnoted() { [ -e $file.noted ] || echo $1 > $file.noted; }\n"
+        "trap 'noted TERM' TERM\ntrap 'noted USR1' USR1\n"
+        'setsid bash -c "sleep 2; exit 7" &\nchild=$!\ntouch $file\n'
+        f"{await_child if lasting else wait_once}\nexit $code",
+    )
+    files = [tmp_path / str(n) for n in range(40)]
+    running = [subprocess.Popen([script, file]) for file in files]
+    while not all(file.exists() for file in files):
+        time.sleep(0.01)
+    for number in [signal.SIGUSR1, signal.SIGUSR1, signal.SIGTERM] * 4:
+        for process in running:
+            process.send_signal(number)
+    codes = {process.wait(60) for process in running}
+    assert (codes == {7}) is lasting
