@@ -22,8 +22,23 @@ def prepare(model: PreTrainedModel, train: Train) -> None:
     freeze(model, train.trainable)
     recompute(model, train.activation_checkpointing)
     if train.compile:
-        for layer in model.model.layers:
-            layer.compile()
+        compile_layers(model.model.layers)
+
+
+def compile_layers(layers: nn.ModuleList) -> None:
+    """Compile each layer for the very shapes that it sees, so that what a step computes does not
+    depend on those before it: a run that goes on would else differ in the last bits.
+    """
+    # Layers share their code's cache. By default dynamo gives up, without a word, after 8 entries
+    # of it, fewer than a model of some kinds of layers has: each comes with and without a mask,
+    # with and without the loads of the step before, for training and validation.
+    dynamo = torch._dynamo.config
+    dynamo.recompile_limit = max(dynamo.recompile_limit, 16 * len(layers))
+    dynamo.accumulated_recompile_limit = max(
+        dynamo.accumulated_recompile_limit, dynamo.recompile_limit
+    )
+    for layer in layers:
+        layer.compile(dynamic=False)
 
 
 def kept_buffers(model: nn.Module) -> Iterator[tuple[str, Tensor]]:
