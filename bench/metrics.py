@@ -123,7 +123,8 @@ class Steps:
         found = {"loss": loss.item(), "grad_norm": norm.item(), "lr": lr}
         metrics = {"step": self.run.step, **found, **self.pace.take(self.run.step)}
         with contextlib.redirect_stdout(io.StringIO()):
-            self.reporter.report(metrics | loads.summary(), loads)
+            here = loads.cpu()
+            self.reporter.report(metrics | here.summary(), here)
 
     def seconds(self, name: str) -> float:
         """Of this process, which others on the machine do not disturb."""

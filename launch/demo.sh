@@ -1,6 +1,7 @@
 #!/usr/bin/env bash
 # The whole road on real weights and real text, nothing from a hub: a dense LLaMA model becomes a
-# mixture, is trained on two ranks and evaluated beside its parent. Called by `make demo`.
+# mixture, is trained on two ranks and evaluated beside its parent; a page shows it all. Called by
+# `make demo`.
 #
 #   DEMO_DIR    folder for everything (demo); a step whose result is there is not done again
 #   DEMO_GGUF   a LLaMA model in a GGUF file; default SmolLM2-135M-Instruct, from a PyPI wheel
@@ -79,37 +80,40 @@ collect_text() {
 mkdir -p "$DIR"
 cd "$DIR"
 export OMP_NUM_THREADS=$CORES
-say "1 of 7: a dense model, from GGUF to safetensors"
+say "1 of 8: a dense model, from GGUF to safetensors"
 [ -e dense ] || [ -n "$GGUF" ] || fetch_model
 step dense "$BIN/moe" import "$GGUF" --out dense
 
-say "2 of 7: its attention becomes a mixture of heads, 7 of 9 active"
+say "2 of 8: its attention becomes a mixture of heads, 7 of 9 active"
 step moh "$BIN/moe" upcycle moh --source dense --shared-heads 4 --top-k 3 --out moh
 
-say "3 of 7: its MLPs become 4 experts, 2 active"
+say "3 of 8: its MLPs become 4 experts, 2 active"
 step converted "$BIN/moe" upcycle copy --source moh --num-experts 4 --top-k 2 --out converted
 
-say "4 of 7: text, the library and the reference of this Python"
+say "4 of 8: text, the library and the reference of this Python"
 [ -e text ] || collect_text
 step data/sources.json "$BIN/moe" data prepare text/sources \
     --tokenizer dense --validation 0.05 --out data/sources
 step data/documentation.json "$BIN/moe" data prepare text/documentation \
     --tokenizer dense --validation 0.1 --out data/documentation
 
-say "5 of 7: training on $RANKS ranks"
+say "5 of 8: training on $RANKS ranks"
 export OMP_NUM_THREADS=$(((CORES + RANKS - 1) / RANKS))
 step tuned "$BIN/torchrun" --standalone --nproc-per-node "$RANKS" -m moe.train \
     "$ROOT/configs/train/demo.yaml" "$@"
 export OMP_NUM_THREADS=$CORES
 
-say "6 of 7: the last checkpoint becomes a model folder"
+say "6 of 8: the last checkpoint becomes a model folder"
 last=$(find run/checkpoints -name 'step-*' ! -name '*.partial' | sort -V | tail -n 1)
 step tuned "$BIN/moe" export "$last" --to hf --out tuned
 
-say "7 of 7: evaluation on text that nobody was trained on"
+say "7 of 8: evaluation on text that nobody was trained on"
 step evaluation "$BIN/moe" eval tuned --baseline converted --baseline dense \
     --tasks local_perplexity --data text/held-out --limit "${DEMO_LIMIT:-8}" \
     --batch-size 4 --out evaluation
+
+say "8 of 8: one page of all that, for a browser or a printer"
+step report.html "$BIN/moe" report run evaluation tuned --out report.html
 
 say "done"
 "$BIN/moe" inspect tuned
@@ -118,6 +122,7 @@ cat evaluation/results.md
 cat <<END
 
 In $DIR:
+  report.html                                   curves, evaluation, loads, receipt: one page
   tensorboard --logdir run/tensorboard          losses, loads of heads and experts
   run/metrics.jsonl                             the same as JSON
   moh/receipt.json converted/receipt.json       what each conversion kept, measured

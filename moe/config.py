@@ -4,16 +4,18 @@ config = load(Path("configs/train/demo.yaml"), ["train.steps=20", "optimizer.lr=
 """
 
 import difflib
+import re
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
 import yaml
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
 
 from moe.errors import UserError, problem, raise_all
 
 MOST_VALUES = 100_000  # in a file
+MOST_TRACED = 100  # steps
 
 
 class Section(BaseModel):
@@ -70,6 +72,7 @@ class Train(Section):
 
 
 Beta = Annotated[float, Field(ge=0, lt=1)]
+Steps = Annotated[int, Field(gt=0)]
 
 
 class Optimizer(Section):
@@ -145,6 +148,27 @@ class Evaluation(Section):
     """Of the validation data, the same every time."""
 
 
+class Profile(Section):
+    steps: tuple[Steps, Steps] | None = None
+    """First and last step to be traced, as a list or as 10-12, into OUT/profile; null: none."""
+
+    @field_validator("steps", mode="before")
+    @classmethod
+    def _as_text(cls, value: Any) -> Any:
+        found = re.fullmatch(r"(\d+)(?:-(\d+))?", str(value))
+        return (int(found[1]), int(found[2] or found[1])) if found else value
+
+    @field_validator("steps")
+    @classmethod
+    def _in_order(cls, value: tuple[int, int] | None) -> tuple[int, int] | None:
+        if value and not value[0] <= value[1] < value[0] + MOST_TRACED:
+            raise ValueError(
+                f"must be at least one step and at most {MOST_TRACED} of them, such as 10-12: "
+                "traces grow by megabytes a step"
+            )
+        return value
+
+
 class RunConfig(Section):
     """Everything a training run depends on besides the files it names."""
 
@@ -161,6 +185,7 @@ class RunConfig(Section):
     guard: Guard = Guard()
     checkpoint: Checkpoint = Checkpoint()
     eval: Evaluation = Evaluation()
+    profile: Profile = Profile()
 
     @model_validator(mode="after")
     def _fits_together(self) -> "RunConfig":
@@ -179,6 +204,11 @@ class RunConfig(Section):
             problems.append(
                 f"train.anneal_steps={train.anneal_steps} exceeds train.steps={train.steps}: the "
                 "run would end with more experts than the model is to have."
+            )
+        if self.profile.steps and self.profile.steps[1] > train.steps:
+            problems.append(
+                f"profile.steps={'-'.join(map(str, self.profile.steps))} exceeds train.steps="
+                f"{train.steps}: the run would end before."
             )
         if schedule.decay_steps and schedule.kind != "wsd":
             problems.append(f"schedule.decay_steps is for kind wsd, not {schedule.kind}.")
@@ -232,7 +262,7 @@ def load(path: Path, overrides: Sequence[str] = ()) -> RunConfig:
     Raises UserError with every problem found, one line each.
     """
     try:
-        values = _plain(path.read_text()) or {}
+        values = plain(path.read_text()) or {}
     except OSError as error:
         raise UserError(f"{path} cannot be read: {error.strerror}.") from error
     except (yaml.YAMLError, UnicodeDecodeError) as error:
@@ -245,7 +275,7 @@ def load(path: Path, overrides: Sequence[str] = ()) -> RunConfig:
     return parse(values, str(path))
 
 
-def _plain(text: str) -> Any:
+def plain(text: str) -> Any:
     """YAML as plain values. Raises YAMLError; aliases that multiply are refused before anything
     goes through them.
     """
@@ -277,7 +307,7 @@ def _override(values: dict[str, Any], text: str) -> None:
         if not isinstance(place, dict | list):
             raise UserError(f"{text!r}: {parent} holds a value, not keys.")
     try:
-        place[_index(text, place, last)] = _number(_plain(value))
+        place[_index(text, place, last)] = _number(plain(value))
     except yaml.YAMLError as error:
         raise UserError(f"{text!r}: the value is not YAML.") from error
 

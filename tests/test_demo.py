@@ -67,6 +67,17 @@ def test_the_table_has_three_models_and_training_helped(done):
 
 
 @pytest.mark.slow
+def test_it_ends_with_the_report(done):
+    folder, process = done
+    page = (folder / "report.html").read_text()
+    lines = [json.loads(x) for x in (folder / "run/metrics.jsonl").read_text().splitlines()]
+    last = [line["loss"] for line in lines if "loss" in line][-1]
+    assert f'data-loss="{last}"' in page
+    assert 'data-evaluation="evaluation"' in page and "<strong>copy</strong>" in page
+    assert "== 8 of 8" in process.stdout
+
+
+@pytest.mark.slow
 def test_nobody_trains_on_what_is_evaluated(done):
     folder, _ = done
     held_out = [p.read_text() for p in (folder / "text/held-out/text").iterdir()]
@@ -84,7 +95,7 @@ def test_the_second_time_only_shows_the_result(done):
     folder, first = done
     second = demo(folder, folder / "not-needed-any-more.gguf")
     assert second.returncode == 0, second.stdout + second.stderr
-    assert second.stdout.count("is there already") == 8
+    assert second.stdout.count("is there already") == 9
     assert second.stdout.split("== done")[1] == first.stdout.split("== done")[1]
 
 
@@ -92,7 +103,7 @@ def test_the_second_time_only_shows_the_result(done):
 @pytest.mark.parametrize("override", ["engine=deepspeed", "parallel.expert=2"])
 def test_one_override_trains_it_otherwise_to_the_same_losses(done, tmp_path, override):
     folder, _ = done
-    there = shutil.ignore_patterns("run", "tuned", "evaluation")
+    there = shutil.ignore_patterns("run", "tuned", "evaluation", "report.html")
     shutil.copytree(folder, tmp_path / "out", ignore=there)
     process = demo(tmp_path / "out", folder / "not-needed-any-more.gguf", override)
     assert process.returncode == 0, process.stdout + process.stderr

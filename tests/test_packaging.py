@@ -19,6 +19,7 @@ def test_the_wheel_works_without_the_tree(tmp_path):
     subprocess.run(build, check=True)
     (wheel,) = tmp_path.glob("moe_stack-*.whl")
     names = zipfile.ZipFile(wheel).namelist()
+    assert {f"moe/evals/report/page.{x}" for x in ("css", "html.jinja")} <= set(names)
     tops = {n.split("/")[0] for n in names}
     assert tops == {"moe", wheel.name.rsplit("-py3", 1)[0] + ".dist-info"}, tops
     assert "moe/kernels/ops.py" in names and "moe/evals/adapter.py" in names

@@ -74,6 +74,20 @@ def _attention(config: RoutedLlamaConfig, spec: AttentionSpec) -> dict[str, Any]
 
 def describe(folder: Path, found: dict[str, Any]) -> str:
     """The same for people: equal layers on one line, the receipt's steps in order."""
+    lines, receipt = describe_model(folder, found), found["receipt"]
+    if receipt is None:
+        return "\n".join([*lines, "  no receipt"])
+    for number, step in enumerate(receipt["steps"], 1):
+        options = ", ".join(f"{k}={v}" for k, v in step.get("options", {}).items() if v is not None)
+        lines.append(f"  step {number}: {step['recipe']} ({options})")
+    if verified := receipt["verification"]:
+        difference = verified["relative_difference"]
+        lines.append(f"  verification: {verified['status']}, relative difference {difference:.1e}")
+    return "\n".join(lines)
+
+
+def describe_model(folder: Path, found: dict[str, Any]) -> list[str]:
+    """Its size, then its layers, equal ones on one line."""
     total, active = found["total_parameters"], found["active_parameters"]
     lines = [
         f"{folder}: {found['model_type']}, {total / 1e6:.1f} M parameters, "
@@ -87,16 +101,7 @@ def describe(folder: Path, found: dict[str, Any]) -> str:
             span = f"{start}" if index == start + 1 else f"{start}-{index - 1}"
             lines.append(f"  layers {span:>7}: {_describe_layer(layers[start])}")
             start = index
-    receipt = found["receipt"]
-    if receipt is None:
-        return "\n".join([*lines, "  no receipt"])
-    for number, step in enumerate(receipt["steps"], 1):
-        options = ", ".join(f"{k}={v}" for k, v in step.get("options", {}).items() if v is not None)
-        lines.append(f"  step {number}: {step['recipe']} ({options})")
-    if verified := receipt["verification"]:
-        difference = verified["relative_difference"]
-        lines.append(f"  verification: {verified['status']}, relative difference {difference:.1e}")
-    return "\n".join(lines)
+    return lines
 
 
 def _describe_layer(layer: dict[str, Any]) -> str:

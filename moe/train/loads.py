@@ -5,9 +5,12 @@ meter.add(output.routing)             # per micro-batch
 step = meter.total(ranks.sum)         # StepLoads; starts the next step
 """
 
+import json
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Literal
+from pathlib import Path
+from typing import IO, Any, Literal
 
 import torch
 from torch import Tensor
@@ -17,6 +20,7 @@ from moe.model.spec import DenseMLP
 
 Part = Literal["attention", "mlp"]
 PARTS: tuple[Part, Part] = ("attention", "mlp")
+NOUNS: dict[Part, str] = {"attention": "heads", "mlp": "experts"}
 
 
 @dataclass(frozen=True, slots=True)
@@ -52,24 +56,57 @@ class StepLoads:
                 targets.append(load.tokens * spec.top_k / spec.num_experts)
         return counts, targets
 
+    def cpu(self) -> "StepLoads":
+        """The same on the host, in one transfer."""
+        if not self.routers:
+            return self
+        values = [[x for x in load if x is not None] for load in self.routers.values()]
+        flat = [x.reshape(-1).float() for load in values for x in load]
+        here = iter(torch.cat(flat).cpu().split([len(x) for x in flat]))
+        routers = {
+            key: RoutingLoad(*(next(here).view_as(x) for x in load))
+            for key, load in zip(self.routers, values, strict=True)
+        }
+        return StepLoads(routers, self.num_layers)
+
+    def layers(self, part: Part) -> dict[int, dict[str, Any]]:
+        """Per routed layer: load of each unit in percent of their mean, worst load over mean, dead
+        share, and two entropies over their maximum: of a token's probabilities (`entropy_share`: 0
+        where the router is sure) and of the load (`load_entropy`: 1 where it is even).
+        """
+        found = {}
+        for layer, load in self.of(part).items():
+            counts = load.counts.cpu().double()
+            share = counts / counts.sum().clamp(min=1)
+            most = math.log(max(2, len(counts)))
+            found[layer] = {
+                "max_over_mean": round((share.max() * len(counts)).item(), 4),
+                "dead_share": round((counts == 0).double().mean().item(), 4),
+                "entropy_share": round((load.entropy / load.tokens.clamp(min=1)).item() / most, 4),
+                "load_entropy": round(torch.special.entr(share).sum().item() / most, 4),
+                "load": (100 * len(counts) * share).round().int().tolist(),
+            }
+        return found
+
     def summary(self) -> dict[str, float]:
-        """Per part: worst load over mean, dead share, entropy over its maximum, balance, z; the
-        share of choices that were dropped, where that is possible.
+        """Per part: worst load over mean, dead share, entropies over their maximum (see `layers`),
+        balance, z; the share of choices that were dropped, where that is possible.
         """
         result: dict[str, float] = {}
-        for part, noun in zip(PARTS, ("heads", "experts"), strict=True):
+        for part, noun in NOUNS.items():
             loads = list(self.of(part).values())
             if not loads:
                 continue
             ratio = torch.stack([x.counts.max() / x.counts.mean() for x in loads]).max()
             dead = torch.stack([(x.counts == 0).float().mean() for x in loads]).mean()
-            even = [torch.tensor(max(2, len(x.counts))).log() for x in loads]
-            entropy = torch.stack(
-                [x.entropy.cpu() / x.tokens.cpu() / e for x, e in zip(loads, even, strict=True)]
-            ).mean()
+            even = [math.log(max(2, len(x.counts))) for x in loads]
+            sure = [x.entropy / x.tokens / e for x, e in zip(loads, even, strict=True)]
+            shares = [x.counts / x.counts.sum().clamp(min=1) for x in loads]
+            spread = [torch.special.entr(s).sum() / e for s, e in zip(shares, even, strict=True)]
             result[f"{noun}/max_over_mean"] = ratio.item()
             result[f"{noun}/dead_share"] = dead.item()
-            result[f"{noun}/entropy_share"] = entropy.item()
+            result[f"{noun}/entropy_share"] = torch.stack(sure).mean().item()
+            result[f"{noun}/load_entropy"] = torch.stack(spread).mean().item()
             result[f"{noun}/balance"] = torch.stack([x.balance for x in loads]).mean().item()
             if part == "mlp":
                 result["experts/z"] = torch.stack([x.z for x in loads]).mean().item()
@@ -122,6 +159,53 @@ class LoadMeter:
                 counts, probability, entropy, tokens, balance / mean, z / mean, *dropped
             )
         return StepLoads(routers, self.num_layers)
+
+
+class LoadLog:
+    """`loads.jsonl` of a run folder: what every router did, at so many steps that the file stays
+    small, whatever the model and however long the run. The last step is always one of them.
+    """
+
+    BYTES = 16e6  # about what the file may take
+
+    def __init__(self, out: Path, first: int, steps: int) -> None:
+        self.steps, self.last = steps, 0
+        path = out / "loads.jsonl"
+        lines = lines_until(path, first)
+        if lines:
+            self.last = json.loads(lines[-1])["step"]
+        self._file = rewritten(path, lines)
+
+    def due(self, step: int, loads: StepLoads) -> bool:
+        """Whether a step is to be one of them: a matter of sizes and steps alone, so that a run
+        that was interrupted takes the same ones.
+        """
+        size = sum(4 * len(load.counts) + 110 for load in loads.routers.values())
+        every = max(1, math.ceil(self.steps * size / self.BYTES))
+        return bool(loads.routers) and (step == self.steps or step // every > self.last // every)
+
+    def write(self, step: int, layers: dict[str, dict[int, dict[str, Any]]]) -> None:
+        """Append {"step", "heads": {layer: …}, "experts": {layer: …}}, see `StepLoads.layers`."""
+        self._file.write(json.dumps({"step": step, **layers}, separators=(",", ":")) + "\n")
+        self._file.flush()
+        self.last = step
+
+    def close(self) -> None:
+        self._file.close()
+
+
+def lines_until(path: Path, last: int) -> list[str]:
+    """The lines of a run's JSONL file up to a step; a kill may have cut the very last one short."""
+    lines = path.read_text().splitlines(keepends=True) if path.is_file() else []
+    whole = [line for line in lines if line.endswith("}\n")]
+    return [line for line in whole if json.loads(line)["step"] <= last]
+
+
+def rewritten(path: Path, lines: Sequence[str]) -> IO[str]:
+    """A file that holds these lines and no others, open for more; a kill leaves the old one."""
+    kept = path.with_name(path.name + ".partial")
+    kept.write_text("".join(lines))
+    return kept.rename(path).open("a")
 
 
 def plain(reference: list[LayerLoad] | None) -> list[list[list[float] | None]] | None:

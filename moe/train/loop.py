@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.profiler import record_function
 
 from moe import engines
 from moe.checkpoint import store
@@ -17,6 +18,7 @@ from moe.data.dataset import build_dataset
 from moe.data.sampler import Batches, step_indices, validation_batches
 from moe.engines.base import Engine
 from moe.errors import UserError
+from moe.hf.inspect import describe_model, inspect
 from moe.model import LayerLoad, RoutedLlamaConfig
 from moe.model.losses import update_selection_bias
 from moe.model.union import UnionRouter
@@ -28,6 +30,7 @@ from moe.train.guard import Generators, Guard, Skipped, suspects
 from moe.train.loads import LoadMeter, StepLoads, plain, tensors
 from moe.train.metrics import Pace, Reporter, headline
 from moe.train.preempt import Preemption
+from moe.train.profile import Tracer
 from moe.train.schedule import annealed, learning_rate
 from moe.train.starting import (
     BUFFERS,
@@ -95,6 +98,7 @@ class Run:
                 f"train.anneal_steps={config.train.anneal_steps}: model={config.model} has no "
                 "union of experts to anneal."
             )
+        self.tracer = Tracer(config, ranks, model)
         self.engine: Engine = say_once(ranks, engines.build, model, config, ranks)
         self.biases = [e.tensor for e in self.engine.state() if e.name.endswith(BUFFERS)]
         self.meter = LoadMeter(self.model_config)
@@ -118,7 +122,9 @@ class Run:
         self._leave_if_asked(self.step)
         if self.ranks.rank == 0:
             (config.out / "config.yaml").write_text(config.to_yaml())
-            self.reporter = Reporter(config.out, config.to_yaml(), self.step, config.train.steps)
+            words = "\n".join(describe_model(config.model, inspect(config.model)))
+            place = self.step, config.train.steps
+            self.reporter = Reporter(config.out, config.to_yaml(), *place, words)
             print(headline(config, self.ranks, self.step), flush=True)
         batches = Batches(
             self.dataset,
@@ -132,13 +138,15 @@ class Run:
             self._between_steps()
             pace = Pace(config, self.model_config, self.ranks, self.step)
             while self.step < config.train.steps:
+                self.tracer.at(self.step + 1)
                 loss, norm, lr, loads = self.train_step(batches)
                 last = self.step == config.train.steps
                 if loads is not None and (last or self.step % config.train.log_every == 0):
                     found = {"loss": loss.item(), "grad_norm": norm.item(), "lr": lr}
                     metrics = {"step": self.step, **found, **pace.take(self.step)}
                     if self.reporter:
-                        self.reporter.report(metrics | loads.summary(), loads)
+                        here = loads.cpu()
+                        self.reporter.report(metrics | here.summary(), here)
                 due = last or self.step % config.eval.every == 0
                 self.unvalidated = due and self.validation is not None
                 with pace.stopped():
@@ -147,6 +155,7 @@ class Run:
         finally:
             self.saver.close()
             batches.close()
+            self.tracer.close()
             if self.reporter:
                 self.reporter.close()
 
@@ -187,26 +196,31 @@ class Run:
         for router in self.unions:
             experts, top_k = router.spec.num_experts, router.spec.top_k
             router.use(annealed(experts, top_k, self.step, settings.anneal_steps))
-        micro = [next(batches) for _ in range(batches.micro_batches_per_step)]
-        micro = [{k: v.to(device, non_blocking=True) for k, v in b.items()} for b in micro]
+        with record_function("data"):
+            micro = [next(batches) for _ in range(batches.micro_batches_per_step)]
+            micro = [{k: v.to(device, non_blocking=True) for k, v in b.items()} for b in micro]
         labelled = self.ranks.sum(torch.stack([b["loss_mask"].sum() for b in micro]).sum())
         total = settings.global_batch_size * self.config.data.sequence_length
         self.engine.train(True)
         losses = []
         for index, batch in enumerate(micro):
-            output = self._forward(batch)
-            loss = token_losses(output.logits, batch).sum() / labelled
+            with record_function("forward"):
+                output = self._forward(batch)
+                loss = token_losses(output.logits, batch).sum() / labelled
             share = batch["tokens"].numel() / total
-            self.engine.backward(loss + share * output.router_loss, index == len(micro) - 1)
+            with record_function("backward"):
+                self.engine.backward(loss + share * output.router_loss, index == len(micro) - 1)
             losses.append(loss.detach())
             self.meter.add(output.routing)
         summed = torch.stack(losses).sum()
         flags = self.saver.trouble, float(self.preemption.asked)  # travel along
         parts = torch.cat([summed[None], summed.new_tensor(flags)])
-        summed, trouble, asked = self.ranks.sum(parts, every=len(flags))
-        self.leaving = bool(asked.item())
-        norm = self.engine.grad_norm()
-        if trouble.item():
+        summed, *said = self.ranks.sum(parts, every=len(flags))
+        trouble, asked = torch.stack(said).tolist()
+        self.leaving = bool(asked)
+        with record_function("grad_norm"):
+            norm = self.engine.grad_norm()
+        if trouble:
             self.saver.learn()
         lr = learning_rate(
             self.step, self.config.schedule, self.config.optimizer.lr, settings.steps
@@ -216,7 +230,8 @@ class Run:
             self._skip(reason, batches, losses)
             return summed, norm, lr, None
         limit = torch.tensor(settings.clip or math.inf, device=norm.device, dtype=norm.dtype)
-        self.engine.step(lr, (limit / (norm + 1e-6)).clamp(max=1.0))
+        with record_function("optimizer"):
+            self.engine.step(lr, (limit / (norm + 1e-6)).clamp(max=1.0))
         loads = self.meter.total(self.ranks.sum)
         self.reference = loads.reference()
         counts, targets = loads.selections(self.model_config)
@@ -252,6 +267,7 @@ class Run:
             reference_load=self.reference,
         )
 
+    @record_function("validate")
     @torch.no_grad()
     def validate(self) -> float | None:
         """Mean loss per token over the same validation sequences every time, on any ranks; None
@@ -282,6 +298,7 @@ class Run:
         """How many samples of its data the run has seen."""
         return (self.step - self.data_step) * self.config.train.global_batch_size
 
+    @record_function("save")
     def save(self) -> None:
         """Begin to save a checkpoint, of this very moment; `checkpoint.asynchronous: false` ends it
         too. A save that fails is said, and training goes on.

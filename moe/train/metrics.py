@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch.utils.tensorboard import SummaryWriter
+import yaml
 
 from moe.config import RunConfig
 from moe.errors import UserError
@@ -17,8 +17,10 @@ from moe.model import RoutedLlamaConfig
 from moe.model.accounting import flops_per_token
 from moe.parallel.world import Ranks
 from moe.progress import duration
+from moe.train.board import Board
+from moe.train.events import note
 from moe.train.guard import Skipped
-from moe.train.loads import PARTS, Part, StepLoads
+from moe.train.loads import NOUNS, LoadLog, StepLoads, lines_until, rewritten
 
 # Dense bfloat16 peak in FLOP/s, by a part of the device's name (vendors' data sheets).
 PEAKS = {
@@ -104,33 +106,34 @@ class Reporter:
     What an interrupted run has reported of later steps is dropped: they come again.
     """
 
-    def __init__(self, out: Path, config_text: str, first: int, steps: int) -> None:
+    def __init__(
+        self, out: Path, config_text: str, first: int, steps: int, words: str = ""
+    ) -> None:
         self.first, self.steps, self._begin = first, steps, time.monotonic()
         self._drawn = 0.0  # seconds
         self.path = path = out / "metrics.jsonl"
-        kept, lines = path.with_name(path.name + ".partial"), lines_until(path, first)
+        lines = lines_until(path, first)
         self._validated = {x["step"] for x in map(json.loads, lines) if "validation_loss" in x}
-        kept.write_text("".join(lines))
-        self._file = kept.rename(path).open("a")
-        self._board = SummaryWriter(str(out / "tensorboard"), purge_step=first + 1)
-        self._board.add_text("config", f"```yaml\n{config_text}```")
+        self._file, self._loads = rewritten(path, lines), LoadLog(out, first, steps)
+        config = yaml.safe_load(config_text) or {}
+        self._board = Board(out, config, config_text, first, words)
+        note(out, first, "started")
 
     @written
     def report(self, metrics: dict[str, Any], loads: StepLoads) -> None:
-        """Print, append and draw one step's metrics."""
+        """Print, append and draw one step's metrics, of loads that are on the host."""
         print(self.line(metrics), flush=True)
         self._file.write(json.dumps(metrics) + "\n")
         self._file.flush()
         step = metrics["step"]
-        for name, value in metrics.items():
-            if name not in ("step", "tokens") and value is not None:
-                group = name if "/" in name else f"train/{name}"
-                self._board.add_scalar(group, value, step)
-        begin = time.monotonic()
-        picture = step == self.steps or self._drawn <= PICTURES * (begin - self._begin)
-        for part, noun in zip(PARTS, ("heads", "experts"), strict=True):
-            self._draw(part, noun, loads, step, picture)
-        self._drawn += (time.monotonic() - begin) * picture
+        self._board.metrics(metrics)
+        if self._loads.due(step, loads):
+            layers = {noun: x for part, noun in NOUNS.items() if (x := loads.layers(part))}
+            self._loads.write(step, layers)
+            self._board.layers(step, layers)
+        self._draw(loads, step)
+        if step == self.steps:
+            self._board.finish()
         self._board.flush()
 
     @written
@@ -172,61 +175,16 @@ class Reporter:
         left = (time.monotonic() - self._begin) / (step - self.first) * (self.steps - step)
         return "  ".join([*columns, f"left {duration(left)}"])
 
-    def _draw(self, part: Part, noun: str, loads: StepLoads, step: int, picture: bool) -> None:
-        """Each layer's load as a histogram over its units, and all layers as one picture."""
-        by_layer = loads.of(part)
-        if not by_layer:
-            return
-        for layer, load in by_layer.items():
-            counts = load.counts.cpu().double()
-            unit = torch.arange(len(counts), dtype=torch.float64)
-            self._board.add_histogram_raw(
-                f"{noun}/layer_{layer:02}",
-                min=0.0,
-                max=float(len(counts)),
-                num=int(counts.sum()),
-                sum=float((unit * counts).sum()),
-                sum_squares=float((unit.square() * counts).sum()),
-                bucket_limits=(unit + 1).tolist(),
-                bucket_counts=counts.tolist(),
-                global_step=step,
-            )
-        if picture:
-            self._board.add_figure(f"{noun}/load", load_figure(by_layer, noun, step), step)
+    def _draw(self, loads: StepLoads, step: int) -> None:
+        """Each layer's load as a histogram; all of them as a picture, as often as time allows."""
+        self._board.histograms(step, loads)
+        begin = time.monotonic()
+        if step == self.steps or self._drawn <= PICTURES * (begin - self._begin):
+            self._board.pictures(step, loads)
+            self._drawn += time.monotonic() - begin
 
     def close(self) -> None:
         """End; what a full disk does not take has been said before."""
-        for writer in (self._file, self._board):
+        for writer in (self._file, self._loads, self._board):
             with contextlib.suppress(OSError):
                 writer.close()
-
-
-def lines_until(path: Path, last: int) -> list[str]:
-    """The lines of a metrics file up to a step; a kill may have cut the very last one short."""
-    lines = path.read_text().splitlines(keepends=True) if path.is_file() else []
-    whole = [line for line in lines if line.endswith("}\n")]
-    return [line for line in whole if json.loads(line)["step"] <= last]
-
-
-def load_figure(by_layer: dict[int, Any], noun: str, step: int) -> Any:
-    """Layers × units, coloured by load over the layer's mean; layers of fewer units end early."""
-    from matplotlib.figure import Figure
-
-    width = max(len(load.counts) for load in by_layer.values())
-    grid = torch.full((len(by_layer), width), float("nan"))
-    for row, load in enumerate(by_layer.values()):
-        counts = load.counts.cpu()
-        grid[row, : len(counts)] = counts / counts.mean().clamp(min=1e-9)
-    figure = Figure(figsize=(2.2 + 0.28 * min(width, 40), 1.4 + 0.16 * len(by_layer)), dpi=110)
-    axes = figure.subplots()
-    image = axes.imshow(grid, cmap="RdBu_r", vmin=0, vmax=2, aspect="auto", interpolation="nearest")
-    layers = list(by_layer)
-    shown = range(0, len(layers), max(1, len(layers) // 12))
-    axes.set_yticks(list(shown), [str(layers[i]) for i in shown])
-    axes.set_xticks(range(0, width, max(1, width // 12)))
-    axes.set_xlabel(noun)
-    axes.set_ylabel("layer")
-    axes.set_title(f"load over mean, step {step}", fontsize=9)
-    figure.colorbar(image, ax=axes)
-    figure.tight_layout()
-    return figure

@@ -19,6 +19,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, NoReturn
 
 from moe.errors import Preempted
+from moe.train.events import note
 
 if TYPE_CHECKING:
     from moe.parallel.world import Ranks
@@ -83,5 +84,6 @@ class Preemption:
             partial = self.out / f"{MARKER}.partial"
             partial.write_text(json.dumps({"step": step, "reason": reason, "time": now}) + "\n")
             os.replace(partial, self.out / MARKER)
+            note(self.out, step, "preempted", reason=reason)
         self.ranks.barrier()  # a launcher kills all ranks as soon as one has ended
         raise Preempted(message if self.ranks.rank == 0 else "")
