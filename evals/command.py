@@ -3,8 +3,11 @@
 import json
 import logging
 import os
+import shutil
+from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
@@ -12,7 +15,40 @@ from moe.errors import UserError, problem, raise_all
 from moe.progress import quiet_libraries
 from moe.tune.command import OtherModel, Scale, TuningFile
 
+if TYPE_CHECKING:
+    from moe.evals.run import How
+    from moe.parallel.world import Ranks
+    from moe.tune.tuning import Tuning
+
 app = typer.Typer(add_completion=False)
+ANSWERS = "answers"  # in the folder of the results, until there are some
+RESULTS = "results.json"
+
+
+@dataclass(frozen=True, slots=True)
+class Request:
+    """What the command was asked for."""
+
+    models: Sequence[Path]
+    out: Path
+    tasks: Sequence[str]
+    suite: str | None
+    include_path: Path | None
+    data: Path | None
+    limit: int | None
+    batch_size: str
+    tuning: Path | None
+    scale: float | None
+    other_model: bool
+    chat: bool
+    multiturn: bool | None
+    system: str | None
+    cache: Path | None
+    expert: int
+
+    @property
+    def answers(self) -> Path:
+        return self.cache or self.out / ANSWERS
 
 
 @app.command()
@@ -20,75 +56,145 @@ def run(
     model: Annotated[Path, typer.Argument(help="Model folder or training checkpoint.")],
     out: Annotated[Path, typer.Option(help="Folder to create for results.json and results.md.")],
     tasks: Annotated[str | None, typer.Option(help="Task names, separated by commas.")] = None,
-    suite: Annotated[str | None, typer.Option(help="A list of tasks shipped with moe.")] = None,
+    suite: Annotated[
+        str | None, typer.Option(help="A list of tasks: its name, or a YAML file.")
+    ] = None,
     include_path: Annotated[Path | None, typer.Option(help="Folder of more task files.")] = None,
     data: Annotated[Path | None, typer.Option(help="Folder that local_… tasks read.")] = None,
     limit: Annotated[int | None, typer.Option(min=1, help="Items per task.")] = None,
-    batch_size: Annotated[int, typer.Option(min=1, help="Sequences per forward pass.")] = 8,
+    batch_size: Annotated[
+        str, typer.Option(help="Sequences per forward pass; auto: what free memory allows.")
+    ] = "8",
     baseline: Annotated[
         list[Path] | None, typer.Option(help="Model to hold it against; repeat for more.")
     ] = None,
     tuning: TuningFile = None,
     scale: Scale = None,
     other_model: OtherModel = False,
+    apply_chat_template: Annotated[
+        bool, typer.Option("--apply-chat-template", help="Prompts are messages of a chat.")
+    ] = False,
+    fewshot_as_multiturn: Annotated[
+        bool | None, typer.Option(help="Few-shot examples are turns of the chat (they are).")
+    ] = None,
+    system_instruction: Annotated[
+        str | None, typer.Option(help="What the system says in the chat.")
+    ] = None,
+    cache: Annotated[
+        Path | None, typer.Option(help="Folder that keeps answers for other evaluations too.")
+    ] = None,
+    expert_parallel: Annotated[
+        int, typer.Option(min=1, help="Ranks among which the experts of a layer are divided.")
+    ] = 1,
     as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object.")] = False,
 ) -> None:
-    """Evaluate with lm-evaluation-harness, beside baselines if any are given."""
+    """Evaluate with lm-evaluation-harness, beside baselines if any are given.
+
+    Under torchrun: torchrun --nproc-per-node N -m moe eval …. One that was stopped goes on.
+    """
+    from moe.parallel.world import say_once, world
+
     names = [name.strip() for name in (tasks or "").split(",") if name.strip()]
-    models = [model, *(baseline or [])]
-    problems = _problems(
-        out, models, names, suite, {"--include-path": include_path, "--data": data}
-    )
-    if tuning is None and (scale is not None or other_model):
-        problems.append("--scale and --other-model go with --tuning.")
-    raise_all(problems)
+    request = Request(
+        [model, *(baseline or [])], out, names, suite, include_path, data, limit, batch_size,
+        tuning, scale, other_model, apply_chat_template, fewshot_as_multiturn,
+        system_instruction, cache, expert_parallel,
+    )  # fmt: skip
+    with world() as ranks:
+        report, text = say_once(ranks, _evaluate, request, ranks)
+        if ranks.rank == 0:
+            typer.echo(json.dumps(report["rows"]) if as_json else text)
+        ranks.barrier()  # a launcher ends all ranks as soon as one has ended
+
+
+def _evaluate(request: Request, ranks: "Ranks") -> tuple[dict[str, Any], str]:
+    """The report, written by the first rank, and what to print of it."""
+    raise_all(_problems(request))
     quiet_libraries()
-    change = None
-    if tuning is not None:
+    models, out, change = request.models, request.out, None
+    if request.tuning is not None:
         from moe.tune.tuning import read_for
 
-        change = read_for(tuning, model, scale, other_model)
+        change = read_for(request.tuning, models[0], request.scale, request.other_model)
     logging.getLogger("lm_eval").setLevel(logging.ERROR)
     from moe.evals import run as runner
 
-    if suite is not None:
-        chosen = runner.suite(suite)
+    names, limit, include = request.tasks, request.limit, request.include_path
+    if request.suite is not None:
+        chosen = runner.suite(request.suite)
         names, limit = chosen["tasks"], limit or chosen.get("limit")
-    report = runner.evaluate(
-        models, names, include_path, data, limit, batch_size,
-        say=lambda text: typer.echo(text, err=True), tuning=change,
+        include = include or chosen["include"]
+    how = runner.How(
+        runner.Prompting(request.chat, request.multiturn is not False, request.system),
+        request.batch_size, ranks, request.expert, request.answers,
     )  # fmt: skip
-    labels = short_names(models, change is not None)
+    _check_answers(request, how, change)
+    report = runner.evaluate(
+        models, names, include, request.data, limit, how,
+        say=lambda text: typer.echo(text, err=True) if ranks.rank == 0 else None, tuning=change,
+    )  # fmt: skip
+    labels = short_names(list(models), change is not None)
     table = runner.table(report, labels)
-    out.mkdir(parents=True)
-    (out / "results.json").write_text(json.dumps(report, indent=1, default=str) + "\n")
-    limited = f", {limit} items per task" if limit else ""
-    (out / "results.md").write_text(f"# {labels[0]}{limited}\n\n{table}\n")
-    typer.echo(json.dumps(report["rows"]) if as_json else f"{table}\n{out}/results.md")
+    if ranks.rank == 0:
+        out.mkdir(parents=True, exist_ok=True)
+        limited = f", {limit} items per task" if limit else ""
+        (out / "results.md").write_text(f"# {labels[0]}{limited}\n\n{table}\n")
+        partial = out / f"{RESULTS}.partial"
+        partial.write_text(json.dumps(report, indent=1, default=str) + "\n")
+        os.replace(partial, out / RESULTS)
+        shutil.rmtree(out / ANSWERS, ignore_errors=True)
+    return report, f"{table}\n{out}/results.md"
 
 
-def _problems(
-    out: Path, models: list[Path], names: list[str], suite: str | None,
-    folders: dict[str, Path | None],
-) -> list[str]:  # fmt: skip
+def _problems(request: Request) -> list[str]:
     """All that is wrong, said now and not after the first of several evaluations."""
-    problems = problem(_check_out, out)
+    problems = problem(_check_out, request.out)
+    folders = {"--include-path": request.include_path, "--data": request.data}
     for option, folder in folders.items():
         if folder is not None and not folder.is_dir():
             problems.append(f"{option} {folder} is not a folder.")
-    if bool(names) == bool(suite):
+    if bool(request.tasks) == bool(request.suite):
         problems.append("give either --tasks or --suite.")
-    for folder in models:
+    size = request.batch_size
+    if size != "auto" and not (size.isdecimal() and int(size)):
+        problems.append(f"--batch-size {size} is neither a number from 1 on nor auto.")
+    if request.cache is not None and request.cache.exists() and not request.cache.is_dir():
+        problems.append(f"--cache {request.cache} is not a folder.")
+    for folder in request.models:
         problems += problem(_check_model, folder)
+    if request.tuning is None and (request.scale is not None or request.other_model):
+        problems.append("--scale and --other-model go with --tuning.")
+    if not request.chat and (request.multiturn is not None or request.system is not None):
+        problems.append(
+            "--fewshot-as-multiturn and --system-instruction go with --apply-chat-template."
+        )
     return problems
 
 
 def _check_out(out: Path) -> None:
-    if out.exists():
+    if out.exists() and ((out / RESULTS).exists() or not (out / ANSWERS).is_dir()):
         raise UserError(f"{out} exists. Choose another --out, or remove it.")
-    parent = next(p for p in out.absolute().parents if p.exists())
+    parent = next(p for p in (out, *out.absolute().parents) if p.exists())
     if not (parent.is_dir() and os.access(parent, os.W_OK)):
         raise UserError(f"--out {out}: {parent} is not a folder that can be written to.")
+
+
+def _check_answers(request: Request, how: "How", tuning: "Tuning | None") -> None:
+    """Raise UserError where the folder holds an evaluation of other models, begun and not ended."""
+    from moe.evals.answers import strangers
+    from moe.evals.run import depends_on
+
+    folder = request.out / ANSWERS
+    if not folder.is_dir():
+        return
+    tunings = [tuning, *([None] * (len(request.models) - 1))]
+    known = [depends_on(m, how, t) for m, t in zip(request.models, tunings, strict=True)]
+    if found := strangers(folder, known):
+        raise UserError(
+            f"--out {request.out} holds an evaluation, begun and not ended, of another model than "
+            f"{', '.join(map(str, request.models))}, or one with other versions, ranks of "
+            f"--expert-parallel or tuning ({found[0].name}). Choose another --out, or remove it."
+        )
 
 
 def _check_model(folder: Path) -> None:

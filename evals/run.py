@@ -10,37 +10,55 @@ import math
 import platform
 import tempfile
 from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
 import yaml
-from jinja2 import TemplateError
-from lm_eval import evaluator, simple_evaluate
 from lm_eval.tasks import TaskManager
 
 from moe.checkpoint import manifest
 from moe.errors import UserError
-from moe.evals.adapter import MoeLM
+from moe.evals.adapter import MoeLM, alone
+from moe.evals.answers import Answers
+from moe.evals.harness import Prompting, ask, check, load
+from moe.hf.loading import identity, load_tokenizer
+from moe.parallel.world import Ranks
 from moe.tune.families import sites
 from moe.tune.intervene import tuned
 from moe.tune.tuning import Tuning
 from moe.upcycle import receipt
-from moe.upcycle.source import hash_file
+from moe.upcycle.source import hash_file, read_config
 
 ROOT = Path(__file__).parent
 DOMAIN_TASK = "local_perplexity"
-# the harness asks git for the revision of the folder we stand in, which says "fatal" in any other
-evaluator.get_git_commit_hash = lambda: None
+TOKENIZER = ("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json")
+
+
+@dataclass(frozen=True, slots=True)
+class How:
+    """How models are asked: prompts, batches (a number of sequences or "auto"), ranks (`expert` of
+    them share a model's experts), and a folder for what has been answered already.
+    """
+
+    prompting: Prompting = field(default_factory=Prompting)
+    batch_size: int | str = 8
+    ranks: Ranks = field(default_factory=alone)
+    expert: int = 1
+    cache: Path | None = None
 
 
 def suite(name: str) -> dict[str, Any]:
-    """A named list of tasks with its limits, from evals/suites. Raises UserError."""
-    path = ROOT / "suites" / f"{name}.yaml"
+    """A list of tasks with its limits: of evals/suites by its name, or a YAML file like those, with
+    its own task files beside it (`include`: their folder). Raises UserError.
+    """
+    path = Path(name) if name.endswith(".yaml") else ROOT / "suites" / f"{name}.yaml"
     if not path.is_file():
-        known = sorted(p.stem for p in path.parent.glob("*.yaml"))
-        raise UserError(f"--suite {name}: no such suite. There is {', '.join(known)}.")
-    return yaml.safe_load(path.read_text())
+        known = sorted(p.stem for p in (ROOT / "suites").glob("*.yaml"))
+        raise UserError(f"suite {name}: there is none. There is {', '.join(known)}, or a file.")
+    chosen: dict[str, Any] = yaml.safe_load(path.read_text())
+    return {**chosen, "include": path.parent if name.endswith(".yaml") else None}
 
 
 def find_tasks(
@@ -73,29 +91,43 @@ def evaluate(
     include: Path | None = None,
     data: Path | None = None,
     limit: int | None = None,
-    batch_size: int = 8,
+    how: How | None = None,
     say: Callable[[str], None] = print,
     tuning: Tuning | None = None,
 ) -> dict[str, Any]:
     """Every task on every model, the first being the one that the others are held against.
 
     A tuning is the first model's alone; the same folder may follow without it.
-    Returns {"models": [identity …], "rows": [comparison …], "results": [the harness's own …]}.
+    Returns {"models": [identity …], "rows": [comparison …], "results": [the harness's own …]}; on
+    every rank, with errors of metrics on the first alone.
     """
+    how = how or How()
     with domain_tasks(tasks, data) as (tasks, folders):
-        manager = find_tasks(tasks, include, data, folders)
-        results = _results(models, tasks, manager, limit, batch_size, say, tuning)
+        loaded = load(tasks, find_tasks(tasks, include, data, folders))
+        for model in models:
+            given = read_config(model), load_tokenizer(model)
+            check(loaded, *given, how.prompting, str(model))
+        results = [
+            _result(model, loaded, limit, how, say, None if place else tuning)
+            for place, model in enumerate(models)
+        ]
     return {
         "models": [identify(model) for model in models],
         "tuning": None if tuning is None else dataclasses.asdict(tuning),
-        "versions": {p: version(p) for p in ("lm_eval", "torch", "transformers")}
-        | {"python": platform.python_version()},
+        "prompting": dataclasses.asdict(how.prompting),
+        "versions": versions(),
         "rows": compare(results),
         "results": [
             {key: r[key] for key in ("results", "groups", "n-samples", "n-shot") if key in r}
             for r in results
         ],
     }
+
+
+def versions() -> dict[str, str]:
+    """Of all that scores depend on besides the model."""
+    packages = ("lm_eval", "torch", "transformers")
+    return {p: version(p) for p in packages} | {"python": platform.python_version()}
 
 
 @contextlib.contextmanager
@@ -125,47 +157,38 @@ def domain_tasks(tasks: Sequence[str], data: Path | None) -> Iterator[tuple[list
         yield [*tasks[:place], *names, *tasks[place + 1 :]], [Path(temporary)]
 
 
-def _results(
-    models: Sequence[Path],
-    tasks: Sequence[str],
-    manager: TaskManager,
+def _result(
+    model: Path,
+    loaded: Any,
     limit: int | None,
-    batch_size: int,
+    how: How,
     say: Callable[[str], None],
     tuning: Tuning | None,
-) -> list[Any]:
-    """The harness's own result for each model."""
-    results: list[Any] = []
-    for model in models:
-        first = tuning if not results else None
-        say(f"evaluating {model}" + (f", {first.summary()}" if first else ""))
-        lm = MoeLM(model, batch_size)
-        for odd in first.cautions(sites(lm.model)) if first else ():
+) -> Any:
+    """The harness's own result for a model."""
+    say(f"evaluating {model}" + (f", {tuning.summary()}" if tuning else ""))
+    with contextlib.ExitStack() as stack:
+        answers = None
+        if how.cache is not None and how.ranks.rank == 0:
+            answers = Answers(how.cache, depends_on(model, how, tuning))
+            stack.callback(answers.close)
+        lm = MoeLM(model, how.batch_size, ranks=how.ranks, answers=answers, expert=how.expert)
+        for odd in tuning.cautions(sites(lm.model)) if tuning else ():
             say(f"note: {odd}")
-        try:
-            with tuned(lm.model, first):
-                result = simple_evaluate(
-                    model=lm,
-                    tasks=list(tasks),
-                    task_manager=manager,
-                    limit=limit,
-                    bootstrap_iters=1000,
-                )
-        except (ConnectionError, OSError) as error:
-            raise UserError(_offline(error, tasks)) from error
-        except TemplateError as error:
-            raise UserError(f"a template of {', '.join(tasks)} fails: {error}.") from error
-        assert result is not None
-        results.append(result)
-    return results
+        stack.enter_context(tuned(lm.model, tuning))
+        return ask(lm, loaded, limit, how.prompting)
 
 
-def _offline(error: Exception, tasks: Sequence[str]) -> str:
-    reason = str(error).strip().splitlines()[0]
-    return (
-        f"a data set of {', '.join(tasks)} could not be fetched ({reason}). Without a network use "
-        "tasks that read local files: --tasks local_… with --data, or --include-path."
-    )
+def depends_on(model: Path, how: How, tuning: Tuning | None) -> dict[str, Any]:
+    """All that the answers of a model depend on besides the questions and how they are batched."""
+    return {
+        "model": {**identity(model), "name": None},  # wherever it lies
+        "tokenizer": {n: hash_file(model / n) for n in TOKENIZER if (model / n).is_file()},
+        "tuning": None if tuning is None else dataclasses.asdict(tuning),
+        "device": how.ranks.device.type,
+        "expert": how.expert,
+        "versions": versions(),
+    }
 
 
 def identify(folder: Path) -> dict[str, Any]:

@@ -146,6 +146,13 @@ class Evaluation(Section):
     """Steps between validation losses, where data.validation is given."""
     sequences: int = Field(64, gt=0)
     """Of the validation data, the same every time."""
+    suite: str | None = None
+    """Tasks for the model as it is at that step: a suite of `moe eval`, or a file like one; null:
+    none."""
+    suite_every: int | None = Field(None, gt=0)
+    """Steps between suites; null: as many as between validation losses."""
+    data: Path | None = None
+    """Folder that the suite's local tasks read."""
 
 
 class Profile(Section):

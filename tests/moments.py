@@ -100,6 +100,10 @@ def patch(name: str, reached: Any) -> None:
             first(engines, "build")
         case "step 3":
             first(loop.Run, "train_step", number=3)
+        case "evaluation":
+            from moe.evals import live
+
+            first(live.Live, "__call__", number=3)
         case "step" | "validation":
             mock.patch.object(loop, "token_losses", token_losses).start()
         case _:

@@ -7,7 +7,8 @@ with world() as ranks:        # torchrun's environment, or a single process
 import contextlib
 import os
 import re
-from collections.abc import Iterator
+import time
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from datetime import timedelta
 from typing import Any
@@ -16,7 +17,7 @@ import torch
 from torch import Tensor, distributed
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 
-from moe.errors import MoeError
+from moe.errors import Corrupt, MoeError, SaidElsewhere, UserError
 
 # what torch says where a peer is gone or silent: gloo and NCCL have no error type for it
 LOST = re.compile(r"gloo|NCCL|[Cc]onnection (closed|reset|refused)|[Tt]imed? ?out|Broken pipe")
@@ -125,3 +126,19 @@ def world(timeout: float = 1800.0) -> Iterator[Ranks]:
     finally:
         if not joined and distributed.is_initialized():
             distributed.destroy_process_group()
+
+
+def say_once(ranks: Ranks, check: Callable[..., Any], *arguments: Any) -> Any:
+    """What `check` returns. What it refuses is refused alike on every rank, and rank 0 says it."""
+    try:
+        return check(*arguments)
+    except (UserError, Corrupt) as error:
+        leave_it_to_the_first(ranks, error.exit_code)
+        raise
+
+
+def leave_it_to_the_first(ranks: Ranks, exit_code: int) -> None:
+    """End this rank in silence, unless it is the first: that one goes on to say why."""
+    if ranks.rank:
+        time.sleep(1.0)  # a launcher ends all ranks with the first: rank 0 has its say before
+        raise SaidElsewhere(exit_code)

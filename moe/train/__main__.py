@@ -11,6 +11,8 @@ from moe.train import preempt
 def main() -> None:
     """Run the command on this rank; end our own errors in one line and their exit code."""
     preempt.watch()  # before the imports, which take seconds
+    if not sys.stderr.isatty():
+        os.environ.setdefault("TQDM_DISABLE", "1")  # libraries' bars make a mess of a log
     from moe.errors import MoeError
     from moe.train.command import app
 

@@ -1,15 +1,13 @@
 """Configurations beside each other: of ranks, and of a run then and now."""
 
 import json
-import time
-from collections.abc import Callable
 from typing import Any
 
 import xxhash
 
 from moe.config import RunConfig
-from moe.errors import Corrupt, SaidElsewhere, UserError
-from moe.parallel.world import Ranks
+from moe.errors import UserError
+from moe.parallel.world import Ranks, leave_it_to_the_first
 from moe.upcycle.receipt import versions
 
 
@@ -24,7 +22,7 @@ def check_same(config: RunConfig, ranks: Ranks) -> None:
     if not odd:
         return
     other = ranks.gather(given if ranks.rank == odd[0] else None)[odd[0]]
-    _leave_it_to_the_first(ranks, UserError.exit_code)
+    leave_it_to_the_first(ranks, UserError.exit_code)
     raise UserError(
         f"{len(odd)} of {ranks.size} ranks were started with another configuration than rank 0. "
         f"Rank {odd[0]} has:\n  "
@@ -47,18 +45,3 @@ def differences(
         elif old != new and (all_keys or place not in ("out", "model", "train.resume")):
             lines.append(f"{place} {old} -> {new}")
     return lines
-
-
-def say_once(ranks: Ranks, check: Callable[..., Any], *arguments: Any) -> Any:
-    """What `check` returns. What it refuses is refused alike on every rank, and rank 0 says it."""
-    try:
-        return check(*arguments)
-    except (UserError, Corrupt) as error:
-        _leave_it_to_the_first(ranks, error.exit_code)
-        raise
-
-
-def _leave_it_to_the_first(ranks: Ranks, exit_code: int) -> None:
-    if ranks.rank:
-        time.sleep(1.0)  # a launcher ends all ranks with the first: rank 0 has its say before
-        raise SaidElsewhere(exit_code)

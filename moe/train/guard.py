@@ -7,12 +7,14 @@ A skipped step leaves everything as it was, but data and schedule go on.
 """
 
 import math
+import random
 import statistics
 from collections import deque
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -112,14 +114,17 @@ class Guard:
 
 
 class Generators:
-    """The random state of this moment, to come back to."""
+    """The random state of this moment, to come back to: torch's, numpy's and Python's own."""
 
     def __init__(self, device: torch.device) -> None:
         self.device = device
+        self.python, self.numpy = random.getstate(), np.random.get_state()
         self.cpu = torch.get_rng_state()
         self.cuda = torch.cuda.get_rng_state(device) if device.type == "cuda" else None
 
     def restore(self) -> None:
+        random.setstate(self.python)
+        np.random.set_state(self.numpy)
         torch.set_rng_state(self.cpu)
         if self.cuda is not None:
             torch.cuda.set_rng_state(self.cuda, self.device)

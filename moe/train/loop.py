@@ -14,7 +14,6 @@ from torch.profiler import record_function
 from moe import engines
 from moe.checkpoint import store
 from moe.config import RunConfig
-from moe.data.dataset import build_dataset
 from moe.data.sampler import Batches, step_indices, validation_batches
 from moe.engines.base import Engine
 from moe.errors import UserError
@@ -23,9 +22,9 @@ from moe.model import LayerLoad, RoutedLlamaConfig
 from moe.model.losses import update_selection_bias
 from moe.model.union import UnionRouter
 from moe.parallel.loss import cross_entropy
-from moe.parallel.world import Ranks, world
+from moe.parallel.world import Ranks, say_once, world
 from moe.progress import quiet_libraries
-from moe.train.configurations import check_same, differences, say_once
+from moe.train.configurations import check_same, differences
 from moe.train.guard import Generators, Guard, Skipped, suspects
 from moe.train.loads import LoadMeter, StepLoads, plain, tensors
 from moe.train.metrics import Pace, Reporter, headline
@@ -38,6 +37,8 @@ from moe.train.starting import (
     data_step,
     history,
     load_model,
+    load_suite,
+    open_data,
     starting_point,
 )
 from moe.upcycle.receipt import versions
@@ -69,21 +70,8 @@ class Run:
                 "or train.resume=auto to go on from them."
             )
         source = check_files(config)
-        data, cache = config.data, config.out / "cache"
-        shared: dict[str, Any] = {
-            "sequence_length": data.sequence_length,
-            "seed": config.seed,
-            "cache": cache,
-            "document_boundaries": data.document_boundaries,
-            "tokenizer": str(config.model),
-        }
-        samples = config.train.steps * config.train.global_batch_size
-        train_sources = [(s.path, s.weight) for s in data.train]
-        self.dataset = build_dataset(train_sources, num_samples=samples, **shared)
-        self.validation = None
-        if data.validation:
-            sources = [(s.path, s.weight) for s in data.validation]
-            self.validation = build_dataset(sources, num_samples=None, **shared)
+        self.suite = say_once(ranks, load_suite, config, source, ranks.device)
+        self.dataset, self.validation = open_data(config)
         model = load_model(source)
         self.model_config: RoutedLlamaConfig = model.config
         if self.validation is not None and not self.model_config.causal:
@@ -112,7 +100,7 @@ class Run:
         self.data_step = 0  # at which the data's first sample was due
         self.guard = Guard(config.guard)
         self.reporter: Reporter | None = None  # rank 0's
-        self.unvalidated = False  # of a step that is to be validated
+        self.unvalidated = self.unevaluated = False  # of a step that is to be
         self.step = self._resume()
         self.begun = self.step  # nothing is lost by leaving at this step
 
@@ -149,6 +137,8 @@ class Run:
                         self.reporter.report(metrics | here.summary(), here)
                 due = last or self.step % config.eval.every == 0
                 self.unvalidated = due and self.validation is not None
+                due = last or self.step % (config.eval.suite_every or config.eval.every) == 0
+                self.unevaluated = due and self.suite is not None
                 with pace.stopped():
                     self._between_steps(save=last or self.step % config.checkpoint.every == 0)
             self.finish_saving()
@@ -160,12 +150,17 @@ class Run:
                 self.reporter.close()
 
     def _between_steps(self, save: bool = False) -> None:
-        """Validate and save where it is due, and leave where ranks were asked to."""
+        """Validate, evaluate and save where it is due, and leave where ranks were asked to."""
         if self.unvalidated and not self.leaving:
             value = self.validate()
             if self.reporter and value is not None:
                 self.reporter.validation(self.step, value)
             self.unvalidated = value is None
+        if self.unevaluated and not self.leaving:
+            found = self.evaluate()
+            if self.reporter and found is not None:
+                self.reporter.evaluation(self.step, found)
+            self.unevaluated = found is None
         if save and not self.leaving:
             self.save()
             if self.step < self.config.train.steps:
@@ -276,9 +271,7 @@ class Run:
         Of the model as it would be saved: unions with their own number of experts, annealed or not.
         """
         assert self.validation is not None
-        self.engine.train(False)
-        for router in self.unions:
-            router.use(router.spec.top_k)
+        self._as_saved()
         size = self.config.train.micro_batch_size
         limit = self.config.eval.sequences
         place = {"rank": self.ranks.data_rank, "world_size": self.ranks.data_size}
@@ -287,11 +280,37 @@ class Run:
             batch = {k: v.to(self.ranks.device) for k, v in batch.items()}
             logits = self._forward(batch).logits
             sums += torch.stack([token_losses(logits, batch).sum(), batch["loss_mask"].sum()])
-            self.leaving = self.ranks.any(self.preemption.asked)
-            if self.leaving:
+            if self._asked():
                 return None
         loss, count = self.ranks.sum(sums).tolist()
         return loss / max(count, 1.0)
+
+    @torch.no_grad()
+    def evaluate(self) -> dict[str, Any] | None:
+        """The suite's metrics, of the model as it would be saved; None where ranks are asked to
+        leave meanwhile. The run goes on as if nothing had been: the harness sets random states.
+        """
+        assert self.suite is not None
+        self._as_saved()
+        generators = Generators(self.ranks.device)
+        tokens = self.config.train.micro_batch_size * self.config.data.sequence_length
+        given = self.engine.forward, self.model_config, self.ranks, tokens, self._asked
+        try:
+            # prompts have any length: nothing is compiled for each, nor training's own pushed out
+            with torch.compiler.set_stance("force_eager"):
+                return self.suite.measure(*given)
+        finally:
+            generators.restore()
+
+    def _as_saved(self) -> None:
+        """The mode for looking at the model."""
+        self.engine.train(False)
+        for router in self.unions:
+            router.use(router.spec.top_k)
+
+    def _asked(self) -> bool:
+        self.leaving = self.ranks.any(self.preemption.asked)
+        return self.leaving
 
     @property
     def consumed_samples(self) -> int:
@@ -313,6 +332,7 @@ class Run:
             "reference": plain(self.reference),
             "guard": self.guard.state(),
             "unvalidated": self.unvalidated,
+            "unevaluated": self.unevaluated,
             "ranks": self.ranks.size,  # each has its own random state
             "config": self.config.model_dump(mode="json"),
         }
@@ -350,6 +370,7 @@ class Run:
         if progress["reference"] is not None:
             self.reference = tensors(progress["reference"], self.ranks.device)
         self.unvalidated = self.validation is not None and progress.get("unvalidated", False)
+        self.unevaluated = self.suite is not None and progress.get("unevaluated", False)
         if "guard" in progress:
             self.guard.restore(progress["guard"])
         if self.ranks.rank == 0:

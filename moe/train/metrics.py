@@ -113,7 +113,9 @@ class Reporter:
         self._drawn = 0.0  # seconds
         self.path = path = out / "metrics.jsonl"
         lines = lines_until(path, first)
-        self._validated = {x["step"] for x in map(json.loads, lines) if "validation_loss" in x}
+        held = [json.loads(line) for line in lines]
+        self._validated = {x["step"] for x in held if "validation_loss" in x}
+        self._evaluated = {x["step"] for x in held if "evaluation" in x}
         self._file, self._loads = rewritten(path, lines), LoadLog(out, first, steps)
         config = yaml.safe_load(config_text) or {}
         self._board = Board(out, config, config_text, first, words)
@@ -145,6 +147,19 @@ class Reporter:
         self._file.write(json.dumps({"step": step, "validation_loss": loss}) + "\n")
         self._file.flush()
         self._board.add_scalar("validation/loss", loss, step)
+
+    @written
+    def evaluation(self, step: int, found: dict[str, dict[str, Any]]) -> None:
+        """Report what a suite has found, unless it was before an interruption."""
+        if step in self._evaluated:
+            return
+        print(f"step {step:>6}  evaluated: {len(found)} metrics", flush=True)
+        self._file.write(json.dumps({"step": step, "evaluation": found}) + "\n")
+        self._file.flush()
+        for name, measured in found.items():
+            if measured["value"] is not None:
+                self._board.add_scalar(f"evaluation/{name}", measured["value"], step)
+        self._board.flush()
 
     @written
     def skipped(self, step: Skipped) -> None:

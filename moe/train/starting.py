@@ -1,23 +1,31 @@
 """Where a run starts: its newest sound checkpoint, another one by name, or a model."""
 
+import logging
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
+from torch.utils.data import Dataset
 
 from moe.checkpoint import store
 from moe.checkpoint.manifest import Manifest
 from moe.config import RunConfig
+from moe.data.dataset import Sample, build_dataset
 from moe.data.manifest import read_manifest
 from moe.engines.base import check_patterns
 from moe.errors import Corrupt, UserError, problem, raise_all
 from moe.hf.families import routed_config
 from moe.hf.inspect import checkpoint_steps
 from moe.hf.loading import load_model as load_trained
+from moe.hf.loading import load_tokenizer
 from moe.model import RoutedLlamaConfig, RoutedLlamaForCausalLM
 from moe.parallel.world import Ranks
+from moe.train.guard import Generators
 from moe.upcycle.receipt import Receipt
 from moe.upcycle.source import Source, read_config, require_finite
+
+if TYPE_CHECKING:
+    from moe.evals.live import Suite
 
 BUFFERS = ".selection_bias"
 READ_AS = ("train", "sequence_length", "document_boundaries")  # what decides a run's samples
@@ -39,6 +47,24 @@ def open_model(config: RunConfig) -> Source:
     routed_config(source.config)  # refuses families that are not LLaMA's
     check_patterns([n for n in names if not n.endswith(BUFFERS)], config.train.trainable)
     return source
+
+
+def open_data(config: RunConfig) -> tuple[Dataset[Sample], Dataset[Sample] | None]:
+    """The samples to train on and, where there are any, to validate with."""
+    data = config.data
+    shared: dict[str, Any] = {
+        "sequence_length": data.sequence_length,
+        "seed": config.seed,
+        "cache": config.out / "cache",
+        "document_boundaries": data.document_boundaries,
+        "tokenizer": str(config.model),
+    }
+    samples = config.train.steps * config.train.global_batch_size
+    train = build_dataset([(s.path, s.weight) for s in data.train], num_samples=samples, **shared)
+    if not data.validation:
+        return train, None
+    sources = [(s.path, s.weight) for s in data.validation]
+    return train, build_dataset(sources, num_samples=None, **shared)
 
 
 def load_model(source: Source) -> RoutedLlamaForCausalLM:
@@ -73,6 +99,24 @@ def check_files(config: RunConfig) -> Source:
         problems += problem(read_manifest, part.path)
     raise_all(problems)
     return found[0]
+
+
+def load_suite(config: RunConfig, source: Source, device: torch.device) -> "Suite | None":
+    """The suite that the run is to evaluate with, if any; random states stay as they are.
+
+    Raises UserError with what keeps its tasks from being answered, before the model is loaded.
+    """
+    if config.eval.suite is None:
+        return None
+    from moe.evals.live import Suite  # the harness takes seconds
+
+    logging.getLogger("lm_eval").setLevel(logging.ERROR)
+    tokenizer = load_tokenizer(config.model)
+    given = config.eval.data, source.config, tokenizer, f"model={config.model}"
+    generators = Generators(device)  # loading data sets draws
+    found = Suite(config.eval.suite, *given)
+    generators.restore()
+    return found
 
 
 def history(model: Path) -> list[dict[str, Any]]:

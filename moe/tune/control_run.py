@@ -221,6 +221,6 @@ def _tasks(request: Request, tuning: Tuning, say: Say) -> str:
     names = _names(request.tasks or "")
     report = harness.evaluate(
         [request.model, request.model], names, None, request.data, request.task_limit,
-        request.batch_size, say=say, tuning=tuning,
+        harness.How(batch_size=request.batch_size), say=say, tuning=tuning,
     )  # fmt: skip
     return harness.table(report, ["tuned", "as it is"])
