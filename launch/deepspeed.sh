@@ -4,19 +4,24 @@
 #
 #   launch/deepspeed.sh [options] CONFIG [key.path=value ...]
 #
-#   --ranks N              ranks on each node; default: this one's GPUs, 1 without any
+#   --ranks N              ranks on each node; default: this one's GPUs, 1 without any; a hostfile's slots
 #   --hostfile FILE        nodes to start over ssh, as lines "HOST slots=GPUS"; OUT must be shared
 #   --nodes N              nodes of the run, started each by this script (1)
 #   --node-rank N          which of them this is; default SLURM_NODEID
-#   --rendezvous HOST:PORT where they meet, on node 0; needed for more than one node
+#   --rendezvous HOST:PORT where they meet, on node 0; needed for more than one node. With a hostfile
+#                          the default is its first host, and a free port of this machine
 #   --dry-run              print what would be run, and run nothing
 #   --help
 #
-# SIGTERM and SIGUSR1 are passed on to the ranks of this node once: all ranks save and end. So with
-# a hostfile start it on one of its nodes. Exit codes: 85 where OUT/preempted says that the run was
-# preempted (start it again), else that of the first rank that failed. OUT/logs has a file for every
-# rank. BIN=DIR names the folder of the python to use. For NCCL_… see torchrun.sh --help.
+# SIGTERM, SIGUSR1, SIGHUP and Ctrl-C are passed on to the ranks once, on all nodes: they find it in
+# OUT, save and end. So they do where this script is killed, if one of them is on its node. A second
+# Ctrl-C ends all at once, unsaved. Exit codes: 85 where the run was preempted (start it again), 130
+# after a second Ctrl-C, else that of the first rank that failed. OUT/logs has a file for every rank.
+# BIN=DIR names the folder of the python to use. For NCCL_… see torchrun.sh --help.
 set -euo pipefail
+EARLY='' # the signal that has come before there is anything to pass it on to
+trap 'EARLY=TERM' TERM
+trap 'EARLY=USR1' USR1
 ROOT=$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)
 # shellcheck source=launch/launcher.sh
 . "$ROOT/launch/launcher.sh"
@@ -49,13 +54,19 @@ find_python
 read_config "$@"
 "$PYTHON" -c 'import importlib.util as u, sys; sys.exit(not u.find_spec("deepspeed"))' ||
     fail "$PYTHON has no deepspeed. pip install 'moe-stack[deepspeed]', or use launch/torchrun.sh."
-check_ranks
-if [ -z "$RENDEZVOUS" ]; then
-    [ "$NODES" = 1 ] || fail "--nodes $NODES needs --rendezvous HOST:PORT, HOST being node 0."
-    RENDEZVOUS=127.0.0.1:$(free_port)
+places=()
+if [ -n "$HOSTFILE" ]; then # what is not given, DeepSpeed finds there
+    [ -z "$RANKS" ] || { check_count && places+=(--num_gpus "$RANKS"); }
+    [ -z "$RENDEZVOUS" ] || { check_rendezvous && places+=(--master_addr "${RENDEZVOUS%:*}"); }
+    RENDEZVOUS=${RENDEZVOUS:-:$(free_port)}
+else
+    check_ranks
+    [ -n "$RENDEZVOUS" ] || [ "$NODES" = 1 ] ||
+        fail "--nodes $NODES needs --rendezvous HOST:PORT, HOST being node 0."
+    RENDEZVOUS=${RENDEZVOUS:-127.0.0.1:$(free_port)}
+    check_rendezvous
+    [ "$NODE_RANK" != 0 ] || [ -n "$DRY_RUN" ] || check_port "${RENDEZVOUS##*:}"
 fi
-[[ $RENDEZVOUS =~ ^.+:[0-9]+$ ]] || fail "--rendezvous $RENDEZVOUS is not HOST:PORT."
-[ "$NODE_RANK" != 0 ] || [ -n "$DRY_RUN" ] || check_port "${RENDEZVOUS##*:}"
 
 # DeepSpeed wants {"node": [0, 1, ...], ...} in base64
 world() {
@@ -69,7 +80,7 @@ prepare
 rank=(--no_python --no_local_rank "$ROOT/launch/rank.sh" "$STATE" "$OUT" "$PYTHON" "$@")
 if [ -n "$HOSTFILE" ]; then
     launch "$PYTHON" -m deepspeed.launcher.runner --hostfile "$HOSTFILE" \
-        --master_port "${RENDEZVOUS##*:}" "${rank[@]}"
+        ${places[@]+"${places[@]}"} --master_port "${RENDEZVOUS##*:}" "${rank[@]}"
 fi
 launch "$PYTHON" -m deepspeed.launcher.launch "--world_info=$(world)" "--node_rank=$NODE_RANK" \
     "--master_addr=${RENDEZVOUS%:*}" "--master_port=${RENDEZVOUS##*:}" "${rank[@]}"

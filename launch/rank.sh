@@ -3,8 +3,9 @@
 #
 #   rank.sh STATE OUT PYTHON CONFIG [key.path=value ...]
 #
-# STATE is the launcher's folder: the rank leaves its process id there for signals, whether it was
-# preempted, and the code of the first rank that failed. The output goes to OUT/logs/rank-NNNNN.log; rank 0's is shown as well.
+# STATE is the launcher's folder, where `moe train` looks for the signal that the launcher has got.
+# The rank leaves there its process id, by RANK.HOST, whether it was preempted, and the code of the
+# first rank that failed. The output goes to OUT/logs/rank-NNNNN.log; rank 0's is shown as well.
 #
 # A preempted rank (85) ends with 0 for the launcher above it: torchrun would take 85 for a failure
 # and start the ranks again, DeepSpeed's launcher would kill those that are still saving.
@@ -13,23 +14,31 @@ state=$1 out=$2 python=$3
 shift 3
 attempt=${TORCHELASTIC_RESTART_COUNT:-0}
 log=$(printf '%s/logs/rank-%05d.log' "$out" "$RANK")
-[ ! -e "$state/signal" ] || exit 143 # a run that is to end is not started again
+pid=$state/pid-$RANK.$HOSTNAME
+: > "$pid"
 
 # shellcheck source=launch/await.sh
 . "$(dirname "${BASH_SOURCE[0]}")/await.sh"
 trap : TERM INT USR1 # they reach the whole process group: the rank answers them
+export MOE_LAUNCHER_STATE=$state
 mkdir -p "$out/logs"
 printf '== %s rank %s of %s on %s, attempt %s\n' \
     "$(date -u +%FT%TZ)" "$RANK" "$WORLD_SIZE" "$HOSTNAME" "$attempt" >> "$log"
+# Before python has answers to signals it is to live on: it looks into STATE once it has begun, and
+# then all ranks end together. One that died would have the others wait for it.
+train() {
+    trap '' TERM USR1 HUP
+    exec "$python" -u -m moe.train "$@"
+}
 if [ "$RANK" = 0 ]; then
-    "$python" -u -m moe.train "$@" > >(trap '' TERM INT USR1 && exec tee -a "$log") 2>&1 &
+    train "$@" > >(trap '' TERM INT USR1 HUP && exec tee -p -a "$log") 2>&1 &
 else
-    "$python" -u -m moe.train "$@" >> "$log" 2>&1 &
+    train "$@" >> "$log" 2>&1 &
 fi
 process=$!
-echo "$process" > "$state/pid-$RANK"
+echo "$process" > "$pid"
 await "$process"
-rm -f "$state/pid-$RANK"
+rm -f "$pid"
 case $code in
     0) exit 0 ;;
     85)

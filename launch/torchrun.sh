@@ -11,13 +11,17 @@
 #   --dry-run              print what would be run, and run nothing
 #   --help
 #
-# SIGTERM and SIGUSR1 are passed on to the ranks once: they save and end. Exit codes: 85 where
-# OUT/preempted says that the run was preempted (start it again), else that of the first rank that
-# failed. OUT/logs has a file for every rank. BIN=DIR names the folder of the python to use.
+# SIGTERM, SIGUSR1, SIGHUP and Ctrl-C are passed on to the ranks once: they save and end, as they do
+# where this script is killed. A second Ctrl-C ends all at once, unsaved. Exit codes: 85 where the run
+# was preempted (start it again), 130 after a second Ctrl-C, else that of the first rank that failed.
+# OUT/logs has a file for every rank. BIN=DIR names the folder of the python to use.
 #
 # Read by the libraries: NCCL_SOCKET_IFNAME and GLOO_SOCKET_IFNAME name the network interface where
 # the wrong one is taken, NCCL_IB_HCA the InfiniBand adapters, NCCL_DEBUG=INFO shows what was found.
 set -euo pipefail
+EARLY='' # the signal that has come before there is anything to pass it on to
+trap 'EARLY=TERM' TERM
+trap 'EARLY=USR1' USR1
 ROOT=$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)
 # shellcheck source=launch/launcher.sh
 . "$ROOT/launch/launcher.sh"
@@ -42,6 +46,7 @@ while [ $# -gt 0 ]; do
 done
 [ $# -gt 0 ] || fail "CONFIG is missing. See --help."
 [[ $NODES =~ ^[1-9][0-9]*(:[1-9][0-9]*)?$ ]] || fail "--nodes $NODES is neither N nor MIN:MAX."
+[ "${NODES%:*}" -le "${NODES#*:}" ] || fail "--nodes $NODES: MIN is larger than MAX."
 [[ $MAX_RESTARTS =~ ^[0-9]+$ ]] || fail "--max-restarts $MAX_RESTARTS is not a number."
 find_python
 read_config "$@"
@@ -50,8 +55,9 @@ check_ranks
 if [ -z "$RENDEZVOUS" ]; then
     [ "$NODES" = 1 ] || fail "--nodes $NODES needs --rendezvous HOST:PORT, HOST being one of them."
     RENDEZVOUS=localhost:0 # any free port
+else
+    check_rendezvous
 fi
-[[ $RENDEZVOUS =~ ^.+:[0-9]+$ ]] || fail "--rendezvous $RENDEZVOUS is not HOST:PORT."
 meeting=(--rdzv-backend c10d --rdzv-endpoint "$RENDEZVOUS" --rdzv-id "$ID")
 if [ -n "${SLURM_NODEID:-}" ] && [ "$NODES" != 1 ]; then
     # by itself torchrun finds out who hosts the meeting from names, which not every cluster resolves

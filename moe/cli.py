@@ -9,7 +9,7 @@ import gc
 import importlib
 import os
 import sys
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
@@ -92,8 +92,8 @@ for _name, (_module, _help) in COMMANDS.items():
     _register(_name, _module, _help)
 
 
-def main() -> None:
-    """Run the command; end our own errors in one line and their exit code."""
+def call() -> None:
+    """Run the command; end our own errors in one line and SystemExit of their exit code."""
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")  # we fork workers
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
     os.environ.setdefault("HF_HUB_VERBOSITY", "error")  # a page of retries without a network
@@ -116,6 +116,19 @@ def main() -> None:
             raise
         print(f"error: {error.filename}: {error.strerror}", file=sys.stderr)
         sys.exit(2)
+
+
+def main() -> None:
+    """Run the command, and end this process with its exit code."""
+    code: Any = None
+    try:
+        call()
+    except SystemExit as stop:
+        code = stop.code
+    world = sys.modules.get("moe.parallel.world")  # where it was needed
+    if world is not None and isinstance(code, int | None):
+        world.end(code or 0)
+    sys.exit(code)
 
 
 if __name__ == "__main__":

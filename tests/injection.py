@@ -19,6 +19,8 @@ from unittest import mock
 
 import dill
 
+from moe.parallel import world
+
 WRAPPED = ("open", "write", "fsync", "rename", "replace", "unlink", "mkdir", "rmdir")
 
 
@@ -167,11 +169,13 @@ def fresh(children: list[Callable[[], Any]], timeout: float = 180.0) -> list[int
 
 
 def _call(child: bytes) -> None:
+    code = 0
     try:
         dill.loads(child)()
     except BaseException as error:
         print(f"{type(error).__name__}: {error}", flush=True)
-        os._exit(getattr(error, "exit_code", 1))
+        code = getattr(error, "exit_code", 1)
+    world.end(code)
 
 
 def free_port() -> str:

@@ -9,7 +9,7 @@ import sys
 from typing import NamedTuple
 from unittest import mock
 
-from moe.cli import main
+from moe.cli import call
 
 
 class Result(NamedTuple):
@@ -27,7 +27,7 @@ def moe(*arguments: object) -> Result:
         contextlib.redirect_stderr(err),
     ):
         try:
-            main()
+            call()
         except SystemExit as stop:
             code = stop.code if isinstance(stop.code, int) else int(stop.code is not None)
     return Result(code, out.getvalue(), err.getvalue())

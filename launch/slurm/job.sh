@@ -1,5 +1,5 @@
 # What the batch scripts share: the container, a step that is watched over.
-# Sourced by them. Needs ROOT and DRY_RUN; sets NODES, SRUN, CONTAINER, MOE and code.
+# Sourced by them. Needs ROOT, DRY_RUN and EARLY; sets NODES, SRUN, CONTAINER, MOE, signalled and code.
 # shellcheck shell=bash disable=SC2034 # what it sets is used where it is sourced
 # shellcheck source=launch/await.sh
 . "$ROOT/launch/await.sh"
@@ -44,11 +44,13 @@ find_container() {
 forward() {
     [ -z "$signalled" ] || return 0
     signalled=$1
+    [ -n "$step" ] || return 0
     echo "SIG$1 after $SECONDS s: passed on to the step as SIG$2" >&2
     kill -s "$2" "$step" 2> /dev/null || true
 }
 
-# run_step SIGNAL COMMAND...: run it, SIGTERM and SIGUSR1 passed on as SIGNAL; sets `code`
+# run_step SIGNAL COMMAND...: run it, SIGTERM and SIGUSR1 passed on as SIGNAL; sets `code`, and
+# `signalled` where one came. After an EARLY one there is no step: `code` is that of one that died of it
 run_step() {
     local passed=$1
     shift
@@ -57,15 +59,26 @@ run_step() {
     echo
     code=0 signalled='' step=''
     [ -z "$DRY_RUN" ] || return 0
-    # bash runs no trap while it waits for a command in the foreground
-    "$@" &
-    step=$!
     # shellcheck disable=SC2064 # the signal is known now
     trap "forward TERM $passed" TERM
     # shellcheck disable=SC2064
     trap "forward USR1 $passed" USR1
+    signalled=${signalled:-$EARLY}
+    if [ -n "$signalled" ]; then
+        echo "SIG$signalled before the step was started" >&2
+        code=143
+        return
+    fi
+    # bash runs no trap while it waits for a command in the foreground
+    "$@" &
+    step=$!
+    [ -z "$signalled" ] || kill -s "$passed" "$step" 2> /dev/null || true # it came just now
     await "$step"
 }
+
+# stopped: whether the step has ended of a signal that came to this job. It may before it answers any:
+# while srun, a container or a shell is still starting
+stopped() { [ -n "$signalled" ] && [[ $code =~ ^(138|143)$ ]]; }
 
 # requeue: put this job into the queue again and end with 85
 requeue() {

@@ -4,12 +4,15 @@
 
 import os
 import sys
+from typing import Any
 
 from moe.train import preempt
 
 
 def main() -> None:
-    """Run the command on this rank; end our own errors in one line and their exit code."""
+    """Run the command on this rank, and end the process with its exit code: errors of ours say it
+    in one line.
+    """
     preempt.watch()  # before the imports, which take seconds
     if not sys.stderr.isatty():
         os.environ.setdefault("TQDM_DISABLE", "1")  # libraries' bars make a mess of a log
@@ -18,6 +21,7 @@ def main() -> None:
 
     # DeepSpeed's launcher says with an argument what torchrun says in LOCAL_RANK, and says it too
     arguments = [a for a in sys.argv[1:] if not a.startswith("--local_rank=")]
+    code: Any = None
     try:
         app(arguments, prog_name="python -m moe.train")
     except MoeError as error:
@@ -25,7 +29,16 @@ def main() -> None:
         if str(error):
             place = f" on rank {rank}" if rank != "0" else ""
             print(f"{error.label}{place}: {error}", file=sys.stderr)
-        sys.exit(error.exit_code)
+        code = error.exit_code
+    except SystemExit as stop:
+        code = stop.code
+    except Exception:
+        sys.excepthook(*sys.exc_info())
+        code = 1
+    world = sys.modules.get("moe.parallel.world")  # not where a configuration was refused
+    if world is not None and isinstance(code, int | None):
+        world.end(code or 0)
+    sys.exit(code)
 
 
 if __name__ == "__main__":

@@ -24,6 +24,7 @@ from moe.model.union import UnionRouter
 from moe.parallel.loss import cross_entropy
 from moe.parallel.world import Ranks, say_once, world
 from moe.progress import quiet_libraries
+from moe.train import lock
 from moe.train.configurations import check_same, differences
 from moe.train.guard import Generators, Guard, Skipped, suspects
 from moe.train.loads import LoadMeter, StepLoads, plain, tensors
@@ -51,7 +52,8 @@ def train(config: RunConfig) -> None:
     with world(config.parallel.timeout) as ranks:
         check_same(config, ranks)
         say_once(ranks, config.check_world, ranks.size)
-        Run(config, ranks).go()
+        with say_once(ranks, lock.take, config.out, ranks):
+            Run(config, ranks).go()
 
 
 class Run:
@@ -208,6 +210,7 @@ class Run:
             losses.append(loss.detach())
             self.meter.add(output.routing)
         summed = torch.stack(losses).sum()
+        self.preemption.stepped = True
         flags = self.saver.trouble, float(self.preemption.asked)  # travel along
         parts = torch.cat([summed[None], summed.new_tensor(flags)])
         summed, *said = self.ranks.sum(parts, every=len(flags))

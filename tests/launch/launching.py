@@ -12,6 +12,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+import psutil
 import yaml
 
 # overrides of a run that takes some seconds, and is saved along the way
@@ -131,3 +132,19 @@ def undisturbed(rank: int, steps: int = 20) -> list[str]:
         value = value * 6364136223846793005 % 2**64 + rank
         lines.append(f"{step} {value}")
     return lines
+
+
+def answers(pid: int, number: signal.Signals) -> bool:
+    """Whether a process has a handler for a signal."""
+    lines = Path(f"/proc/{pid}/status").read_text().splitlines()
+    caught = next(line for line in lines if line.startswith("SigCgt")).split()[1]
+    return bool(int(caught, 16) >> (number - 1) & 1)
+
+
+def below(pid: int, name: str) -> list[psutil.Process]:
+    """The processes that it has started, and these, whose command names it."""
+    found = []
+    for child in psutil.Process(pid).children(recursive=True):
+        with contextlib.suppress(psutil.NoSuchProcess):
+            found += [child] * any(name in word for word in child.cmdline())
+    return found

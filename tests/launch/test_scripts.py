@@ -94,9 +94,12 @@ def test_dry_run_of_deepspeed(tmp_path, environment):
     (tmp_path / "hosts").write_text("a slots=2\nb slots=2\n")
     named = [*script, "--hostfile", tmp_path / "hosts", "--rendezvous", "a:2950"]
     assert dry([*named, config, "seed=1"], tmp_path, environment) == (
-        "+ BIN/python -m deepspeed.launcher.runner --hostfile TMP/hosts --master_port 2950 "
-        f"--no_python --no_local_rank {RANK}"
+        "+ BIN/python -m deepspeed.launcher.runner --hostfile TMP/hosts --num_gpus 2 "
+        f"--master_addr a --master_port 2950 --no_python --no_local_rank {RANK}"
     )
+    bare = [script[0], "--dry-run", "--hostfile", tmp_path / "hosts", config, "seed=1"]
+    found = dry(bare, tmp_path, environment)
+    assert "--hostfile TMP/hosts --master_port 2" in found, "DeepSpeed looks for the rest"
 
 
 STEP = "+ srun --nodes {n} --ntasks {n} --ntasks-per-node 1 --kill-on-bad-exit=1"
@@ -152,6 +155,8 @@ def refusal(arguments, tmp_path, environment) -> str:
         (["--ranks", "0"], "--ranks 0 is not a number from 1 on"),
         (["--nodes", "2"], "--nodes 2 needs --rendezvous HOST:PORT"),
         (["--rendezvous", "head"], "--rendezvous head is not HOST:PORT"),
+        (["--rendezvous", "a:99999"], "--rendezvous a:99999: a port is a number from 1 to 65535"),
+        (["--rendezvous", "a:0"], "--rendezvous a:0: a port is a number from 1 to 65535"),
         (["--what"], "--what is not an option"),
         (["--ranks"], "--ranks needs a value"),
     ],
@@ -161,6 +166,23 @@ def test_wrong_options_are_refused(tmp_path, environment, name, options, said):
     config = launching.write_config(tmp_path / "run")
     script = ROOT / f"launch/{name}.sh"
     command = [script, *options, *([] if said.endswith("value") else [config])]
+    assert said in refusal(command, tmp_path, environment)
+
+
+@pytest.mark.parametrize(
+    ("name", "options", "said"),
+    [
+        ("torchrun", ["--nodes", "4:2", "--rendezvous", "a:2"], "--nodes 4:2: MIN is larger"),
+        ("deepspeed", ["--hostfile", "{}", "--ranks", "x"], "--ranks x is not a number from 1"),
+        ("deepspeed", ["--hostfile", "{}", "--rendezvous", "a:0"], "a port is a number from 1"),
+    ],
+)
+def test_what_only_one_takes_is_refused_in_a_dry_run_too(
+    tmp_path, environment, name, options, said
+):
+    config = launching.write_config(tmp_path / "run")
+    options = [option.format(config) for option in options]
+    command = [ROOT / f"launch/{name}.sh", "--dry-run", *options, config]
     assert said in refusal(command, tmp_path, environment)
 
 

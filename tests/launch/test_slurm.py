@@ -85,6 +85,33 @@ def test_each_preemption_is_one_requeue(tmp_path, cluster):
     assert cluster.requeues == 2 and values(out, 0) == undisturbed(0, 40)
 
 
+FULL = [pytest.param(moment, marks=pytest.mark.full) for moment in ("torchrun", "agent")]
+
+
+@pytest.mark.parametrize("moment", ["at once", "step", "checks", "rank", *FULL])
+def test_a_signal_while_it_starts_is_a_requeue(tmp_path, cluster, moment):
+    """However early the job is preempted: nothing in it has failed."""
+    out = tmp_path / "run"
+    job = cluster.submit(1, TRAIN, launching.write_config(out), MOE_RANKS="1", FAKE_SLURM_LIVES="1")
+    batch = tmp_path / "batch-0.pid"
+    wait_for(lambda: batch.exists() and batch.read_text(), "the batch script", job)
+    pid = int(batch.read_text())
+    wait_for(lambda: launching.answers(pid, signal.SIGUSR1), "a trap", job)
+    there = {
+        "at once": lambda: True,
+        "step": lambda: "+ srun" in job.text,
+        "torchrun": lambda: any(line.startswith("srun") for line in cluster.lines),
+        "checks": lambda: launching.below(pid, "torchrun.sh"),
+        "agent": lambda: list(out.glob("launch.*")),
+        "rank": lambda: list(out.glob("launch.*/pid-*")),
+    }
+    wait_for(there[moment], moment, job)
+    cluster.signal(0, signal.SIGUSR1)
+    assert job.wait() == 85, job.text
+    assert cluster.requeues == 1 and len(values(out, 0)) <= 2
+    assert "error" not in job.text and "Traceback" not in job.text
+
+
 @pytest.mark.parametrize("code", [1, 2, 3])
 def test_a_failing_rank_ends_the_job_with_its_code_and_no_requeue(tmp_path, cluster, code):
     """Negative control."""

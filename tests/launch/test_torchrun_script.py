@@ -1,13 +1,19 @@
 """launch/torchrun.sh and launch/deepspeed.sh with real launchers, and a stand-in for training."""
 
+import contextlib
 import json
+import os
 import signal
 
 import launching
+import psutil
 import pytest
 from launching import ROOT, run, signals, start, undisturbed, values, wait_for
+from moments import free_port
 
 pytestmark = pytest.mark.slow
+RARE = ["torchrun", pytest.param("deepspeed", marks=pytest.mark.full)]
+AGENTS = {"torchrun": "distributed.run", "deepspeed": "launcher.launch"}
 SCRIPTS = {"torchrun": ROOT / "launch/torchrun.sh", "deepspeed": ROOT / "launch/deepspeed.sh"}
 
 
@@ -90,12 +96,160 @@ def test_without_restarts_a_killed_rank_ends_the_run(tmp_path, environment):
     assert launch.ended == [137] and len(values(out, 0)) == 3
 
 
-def test_a_signal_before_any_rank_is_there_ends_the_launcher(tmp_path, environment):
+def away(pid: int, timeout: float = 30) -> bool:
+    """Whether the process has ended, by itself."""
+    end = launching.time.monotonic() + timeout
+    while launching.time.monotonic() < end:
+        if not psutil.pid_exists(pid) or psutil.Process(pid).status() == psutil.STATUS_ZOMBIE:
+            return True
+        launching.time.sleep(0.05)
+    psutil.Process(pid).kill()
+    return False
+
+
+MOMENTS = ["at once", "checks", "+ ", "agent", "rank.sh", "python"]
+EARLY = [pytest.param("deepspeed", m, marks=pytest.mark.full) for m in MOMENTS if m != "python"]
+
+
+@pytest.mark.parametrize(
+    ("name", "moment"), [*(("torchrun", m) for m in MOMENTS), ("deepspeed", "python"), *EARLY]
+)
+def test_a_signal_while_it_starts_is_a_preemption(tmp_path, environment, name, moment):
+    """However early: nothing has failed, so that the job is to be requeued."""
     out = tmp_path / "run"
-    command = [SCRIPTS["torchrun"], "--max-restarts", 3, launching.write_config(out)]
-    launch = start(command, tmp_path / "log", environment)
-    wait_for(lambda: list(out.glob("launch.*")) and "+ " in launch.text, "the launcher", launch)
-    launching.time.sleep(0.3)
+    slow = tmp_path / "slow"
+    slow.mkdir()
+    marks = {"checks": "import moe", "agent": AGENTS[name], "python": "-u -m moe.train"}
+    wait = f'case "$*" in *"{marks.get(moment, "nothing")}"*) touch {slow}/there; sleep 1 ;; esac'
+    launching.executable(slow / "python", f'{wait}\nexec {environment["BIN"]}/python "$@"')
+    options = ["--ranks", 2] + (["--max-restarts", 3] if name == "torchrun" else [])
+    command = [SCRIPTS[name], *options, launching.write_config(out)]
+    launch = start(command, tmp_path / "log", {**environment, "BIN": str(slow), "STUB_STEPS": "99"})
+    if moment == "at once":  # as soon as bash has read the first lines
+        wait_for(lambda: launching.answers(launch.process.pid, signal.SIGUSR1), "a trap", launch)
+    elif moment == "+ ":
+        wait_for(lambda: "+ " in launch.text, "the launcher", launch)
+    elif moment == "rank.sh":
+        wait_for(lambda: list(out.glob("launch.*/pid-*")), "a rank", launch)
+    else:
+        wait_for((slow / "there").exists, moment, launch)
     launch.signal(signal.SIGUSR1)
-    assert launch.wait() not in (0, 85), launch.text
-    assert not values(out, 0)
+    assert launch.wait() == 85, launch.text
+    assert len(values(out, 0)) <= 2 and "Traceback" not in launch.text
+    assert not list(out.glob("launch.*"))
+    passed, begun = "passed on to the ranks" in launch.text, moment in ("rank.sh", "python")
+    assert passed == begun or moment == "agent", launch.text
+
+
+@pytest.mark.parametrize("moment", ["python", "steps"])
+@pytest.mark.parametrize("name", RARE)
+def test_a_signal_to_every_process_is_none_more(tmp_path, environment, name, moment):
+    """As SLURM sends USR1 to a step: the launchers' own processes would die of it."""
+    out, there = tmp_path / "run", tmp_path / "there"
+    wait = f'case "$*" in "-u -m moe.train"*) touch {there}; sleep 1 ;; esac'
+    launching.executable(tmp_path / "python", f'{wait}\nexec {environment["BIN"]}/python "$@"')
+    command = [SCRIPTS[name], "--ranks", 2, launching.write_config(out)]
+    more = {**environment, "BIN": str(tmp_path), "STUB_STEPS": "2000"}
+    launch = start(command, tmp_path / "log", more)
+    steps = moment == "steps"
+    condition = (lambda: values(out, 0) and values(out, 1)) if steps else there.exists
+    wait_for(condition, moment, launch)
+    for process in [psutil.Process(launch.process.pid), *launching.below(launch.process.pid, "")]:
+        with contextlib.suppress(psutil.NoSuchProcess):
+            process.send_signal(signal.SIGUSR1)
+    assert launch.wait() == 85, launch.text
+    assert set(signals(out, 0)) == set(signals(out, 1)) == {"SIGUSR1"}
+    assert (out / "state-0.json").exists() and (out / "state-1.json").exists()
+
+
+def test_nodes_that_never_meet_are_left_after_a_while(tmp_path, environment):
+    out = tmp_path / "run"
+    nodes = ["--nodes", 2, "--rendezvous", f"localhost:{free_port()}"]
+    script = tmp_path / "torchrun.sh"
+    launching.executable(script, "")
+    text = SCRIPTS["torchrun"].read_text().replace("\nfind_python\n", "\nPATIENCE=2\nfind_python\n")
+    script.write_text(
+        text.replace('ROOT=$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)', f"ROOT={ROOT}")
+    )
+    launch = start([script, *nodes, launching.write_config(out)], tmp_path / "log", environment)
+    name = AGENTS["torchrun"]
+    wait_for(lambda: launching.below(launch.process.pid, name), "the agent", launch)
+    launch.signal(signal.SIGTERM)
+    assert launch.wait(60) == 85, launch.text
+    assert "before any rank has begun" in launch.text
+
+
+@pytest.mark.parametrize("name", SCRIPTS)
+def test_ranks_end_saved_when_their_launcher_is_killed(tmp_path, environment, name):
+    out = tmp_path / "run"
+    command = [SCRIPTS[name], "--ranks", 2, launching.write_config(out)]
+    launch = start(command, tmp_path / "log", {**environment, "STUB_STEPS": "2000"})
+    wait_for(lambda: values(out, 0) and values(out, 1), "steps", launch)
+    started = launching.below(launch.process.pid, "")
+    assert not signals(out, 0), "negative control: nothing ends them while it lives"
+    launch.process.kill()  # not waited for: a zombie holds nothing
+    assert all(away(process.pid) for process in started)
+    assert signals(out, 0) == signals(out, 1) == ["lost launcher"]
+    assert json.loads((out / "state-1.json").read_text())[0] == len(values(out, 1))
+    launch.process.wait()
+
+
+@pytest.mark.parametrize("name", ["deepspeed", pytest.param("torchrun", marks=pytest.mark.full)])
+def test_a_connection_that_is_closed_is_a_signal(tmp_path, environment, name):
+    """Its output goes nowhere any more; rank 0 still saves."""
+    out = tmp_path / "run"
+    reader, writer = os.pipe()
+    command = [SCRIPTS[name], "--ranks", 2, launching.write_config(out)]
+    process = launching.subprocess.Popen(
+        list(map(str, command)), stdout=writer, stderr=writer, start_new_session=True,
+        env={**os.environ, **launching.QUIET, **environment, "STUB_STEPS": "2000"},
+    )  # fmt: skip
+    os.close(writer)
+    launch = launching.Launch(process, tmp_path / "log")
+    launch.log.touch()
+    wait_for(lambda: values(out, 0) and values(out, 1), "steps", launch)
+    os.close(reader)
+    launch.signal(signal.SIGHUP)
+    assert launch.wait() == 85
+    assert signals(out, 0) == signals(out, 1) == ["SIGHUP"]
+    assert (out / "state-0.json").exists() and (out / "state-1.json").exists()
+
+
+@pytest.mark.parametrize(
+    ("name", "again"),
+    [("torchrun", False), ("torchrun", True), ("deepspeed", False),
+     pytest.param("deepspeed", True, marks=pytest.mark.full)],
+)  # fmt: skip
+def test_ctrl_c_saves_and_a_second_one_ends_at_once(tmp_path, environment, name, again):
+    out = tmp_path / "run"
+    command = [SCRIPTS[name], "--ranks", 2, launching.write_config(out)]
+    more = {"STUB_STEPS": "2000", "STUB_SAVE": "60" if again else "0.3"}
+    launch = start(command, tmp_path / "log", {**environment, **more})
+    wait_for(lambda: values(out, 0) and values(out, 1), "steps", launch)
+    started = launching.below(launch.process.pid, "")
+    os.killpg(launch.process.pid, signal.SIGINT)  # a terminal's goes to the whole group
+    wait_for(lambda: signals(out, 0) and signals(out, 1), "signals", launch)
+    if again:
+        os.killpg(launch.process.pid, signal.SIGINT)
+    assert launch.wait(30) == (130 if again else 85), launch.text
+    assert all(away(process.pid, 5) for process in started)
+    assert (out / "state-0.json").exists() is not again
+    assert again or "Traceback" not in launch.text
+
+
+def test_a_signal_meets_only_processes_of_this_run(tmp_path, environment):
+    """Ranks of other nodes of a hostfile write numbers of theirs into the folder that all share."""
+    out = tmp_path / "run"
+    command = [SCRIPTS["torchrun"], "--ranks", 1, launching.write_config(out)]
+    stranger = launching.subprocess.Popen(["sleep", "300"])
+    launch = start(command, tmp_path / "log", {**environment, "STUB_SAVE": "60"})
+    wait_for(lambda: values(out, 0), "steps", launch)
+    (folder,) = out.glob("launch.*")
+    (folder / "pid-1.elsewhere").write_text(f"{stranger.pid}\n")
+    for number in (signal.SIGUSR1, signal.SIGINT, signal.SIGINT):
+        launch.signal(number)
+        launching.time.sleep(0.3)
+    assert launch.wait(30) == 130, launch.text
+    assert stranger.poll() is None
+    stranger.kill()
+    stranger.wait()

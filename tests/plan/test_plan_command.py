@@ -146,8 +146,8 @@ def test_it_is_among_the_commands():
 def test_a_large_model_on_many_ranks_takes_no_memory(tmp_path):
     """47 B parameters, whose weights alone would be 187 GB, on 1024 ranks: under 4 GB here."""
     code = (
-        "import resource, sys; from moe.cli import main\n"
-        "try: main()\n"
+        "import resource, sys; from moe.cli import call\n"
+        "try: call()\n"
         "except SystemExit as stop: assert not stop.code\n"
         "print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss, file=sys.stderr)"
     )

@@ -20,6 +20,7 @@ from moments import Ranks, free_port
 from torch import distributed
 
 from moe.checkpoint import store
+from moe.errors import Preempted
 from moe.parallel import world
 from moe.train import preempt
 
@@ -35,6 +36,10 @@ Case = tuple[str, str, signal.Signals]
 GRID: list[Case] = list(product(STEPS, WHO, SIGNALS))
 # every moment with either signal, and on one rank and on all
 PAIRS = [c for i, c in enumerate(GRID) if i % 4 in ((0, 3) if i // 4 % 2 else (1, 2))]
+
+
+class Alone:
+    rank = 0
 
 
 def named(case: Case) -> str:
@@ -313,9 +318,38 @@ def test_a_rank_that_shares_its_batch_is_heard_too() -> None:
 
 
 def test_time_limit_counts_from_the_start(tmp_path) -> None:
-    class One:
-        rank = 0
+    assert not preempt.Preemption(tmp_path, Alone()).asked
+    for limit, reason in ((1e-9, "train.time_limit=1e-09"), (1000.0, "")):
+        preemption = preempt.Preemption(tmp_path, Alone(), limit)
+        assert not preemption.asked, "before there was a step"
+        preemption.stepped = True
+        assert preemption.reason == reason
 
-    assert not preempt.Preemption(tmp_path, One()).asked
-    assert preempt.Preemption(tmp_path, One(), 1e-9).reason == "train.time_limit=1e-09"
-    assert not preempt.Preemption(tmp_path, One(), 1000.0).asked
+
+def test_a_time_limit_shorter_than_the_start_still_gets_on(toys, tmp_path) -> None:
+    out = tmp_path / "run"
+    config = toys.config(out, "train.steps=3", "checkpoint.every=100", "train.time_limit=1e-6")
+    for step in (1, 2, 3):
+        with pytest.raises(Preempted, match=f"train.time_limit=1e-06 at step {step}"):
+            toy_run.run(config)
+        assert store.steps(out)[-1][0] == step
+    toy_run.run(config)
+    assert not (out / preempt.MARKER).exists(), "that was the last one"
+
+
+def test_what_a_launcher_got_and_its_end_are_seen(tmp_path) -> None:
+    folder = tmp_path / "launch"
+    folder.mkdir()
+    far = preempt.Launcher(folder)
+    os.mkfifo(folder / "alive")
+    elsewhere = preempt.Launcher(folder)  # nobody on this node holds it
+    holder = os.open(folder / "alive", os.O_RDWR)
+    near = preempt.Launcher(folder)
+    assert [found.reason for found in (far, elsewhere, near)] == ["", "", ""]
+    (folder / "signal").touch()  # before it is written
+    assert near.reason == ""
+    (folder / "signal").write_text("SIGUSR1\n")
+    assert [found.reason for found in (far, elsewhere, near)] == ["SIGUSR1"] * 3
+    (folder / "signal").unlink()
+    os.close(holder)
+    assert [found.reason for found in (far, elsewhere, near)] == ["", "", "lost launcher"]
