@@ -99,6 +99,9 @@ def alone(value: Any) -> list[Any]:
     return [value]
 
 
+NONE = store.Progress(step=0, consumed_samples=0, updates=0, config={"data": {}}, reference=None)
+
+
 def no_files(folder: Path) -> None:
     """Config and tokenizer are not what is measured."""
 
@@ -112,7 +115,7 @@ def timed(call: Callable[[], Any]) -> float:
 def background(training: Training, out: Path, number: int, saver: store.Saver) -> dict[str, float]:
     """Steps with a save among them."""
     step = statistics.median(timed(training.step) for _ in range(STEPS))
-    call = timed(lambda: saver.save(number, training.engine.state(), {}, no_files))
+    call = timed(lambda: saver.save(number, training.engine.state(), NONE, no_files))
     busy = []
     while not busy or saver._thread.is_alive():  # type: ignore[union-attr]
         busy.append(timed(training.step))
@@ -125,7 +128,7 @@ def at_once(training: Training, out: Path, number: int) -> dict[str, float]:
     saver = store.Saver(out, 0, alone, keep=1, asynchronous=False)
     Hashing.work = Hashing.waits = 0.0
     with mock.patch.object(pieces, "ThreadPoolExecutor", Hashing):
-        written = timed(lambda: saver.save(number, training.engine.state(), {}, no_files))
+        written = timed(lambda: saver.save(number, training.engine.state(), NONE, no_files))
     found = {"work": Hashing.work, "waits": Hashing.waits}
     return {"written": written} | {name: 100 * s / written for name, s in found.items()}
 

@@ -93,6 +93,14 @@ def check_together(folder: Path, rank: int, size: int, gather: Gather) -> list[D
     return _by_file(damage for damages, _ in told for damage in damages)
 
 
+def check_side_files(folder: Path) -> list[Damage]:
+    """What is wrong with the files that hold no tensors: config, tokenizer, templates."""
+    manifest = Manifest.read(folder)
+    whole = [Stretch(n, None, 0, f.bytes, f.xxh3) for n, f in manifest.files.items()
+             if f.header == f.bytes]  # fmt: skip
+    return _by_file(examine(folder, manifest, whole))
+
+
 def _by_file(found: Iterable[Damage]) -> list[Damage]:
     """One entry for each file and kind of damage."""
     merged: dict[tuple[Path, str], set[str]] = {}

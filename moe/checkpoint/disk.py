@@ -12,7 +12,9 @@ CHUNK_BYTES = 16 * 2**20
 
 
 def write_file(path: Path, parts: Iterable[bytes | memoryview]) -> None:
-    """A new file of these parts, forced to disk. Raises FileExistsError where there is one."""
+    """A new file of these parts, forced to disk. Raises FileExistsError where there is one, and no
+    OSError without the file's name.
+    """
     flags = os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW
     descriptor = os.open(path, flags, 0o666)
     try:
@@ -21,16 +23,27 @@ def write_file(path: Path, parts: Iterable[bytes | memoryview]) -> None:
             while view:
                 view = view[os.write(descriptor, view[:CHUNK_BYTES]) :]
         os.fsync(descriptor)
+    except OSError as error:
+        error.filename = error.filename or str(path)
+        raise
     finally:
         os.close(descriptor)
 
 
 def replace_file(path: Path, text: str) -> None:
-    """The old text or the new one, whenever somebody looks; the folder is to be synced after."""
+    """The old text or the new one, whenever somebody looks; the folder is to be synced after. What
+    was there is replaced, not written into: a link leads nowhere.
+    """
     new = path.with_name(path.name + ".new")
     new.unlink(missing_ok=True)  # of a run that was killed
-    write_file(new, [text.encode()])
-    os.replace(new, path)
+    try:
+        write_file(new, [text.encode()])
+        os.replace(new, path)
+    except OSError as error:
+        error.filename = str(path)
+        with contextlib.suppress(OSError):
+            new.unlink(missing_ok=True)
+        raise
 
 
 def sync_tree(folder: Path) -> None:

@@ -10,13 +10,13 @@ from collections.abc import Callable, Iterable
 from pathlib import Path
 
 from moe.checkpoint.disk import delete, replace_file
-from moe.checkpoint.manifest import DELETED, PARTIAL, is_complete
+from moe.checkpoint.manifest import DELETED, PARTIAL, STEP, is_complete
+from moe.errors import UserError
 from moe.upcycle.source import sync
 
 FOLDER = "checkpoints"
 LATEST = "latest"
 REPLACED, DAMAGED = ".replaced", ".damaged"
-_STEP = re.compile(rf"step-(\d+)({re.escape(REPLACED)})?")
 _LEFTOVER = re.compile(rf"step-\d+.*({re.escape(PARTIAL)}|{re.escape(DELETED)})")
 
 
@@ -31,8 +31,16 @@ def numbered(out: Path) -> list[tuple[int, Path]]:
     Of a step that was being saved again, one of both.
     """
     found: dict[int, Path] = {}
-    for path in (out / FOLDER).glob("step-*"):
-        match = _STEP.fullmatch(path.name)
+    place = out / FOLDER
+    if place.is_symlink() or (place.exists() and not place.is_dir()):
+        what = "a symbolic link, and what it leads to could be another's" if (
+            place.is_symlink()) else "not a folder"  # fmt: skip
+        raise UserError(
+            f"{place} is {what}: nothing is read, written or deleted there. Move it away; to keep "
+            "checkpoints on another disk, put out there (out itself may be a link)."
+        )
+    for path in place.glob("step-*"):
+        match = STEP.fullmatch(path.name)
         if match and path.is_dir():
             step = int(match[1])
             rivals = [path, found[step]] if step in found else [path]
@@ -65,7 +73,7 @@ def step_folder(out: Path, step: int) -> Path:
 
 
 def publish(partial: Path, target: Path, damaged: Iterable[Path] = ()) -> None:
-    """Give a complete folder its name, and let `latest` name it.
+    """Give a complete folder its name; it is there for good when this returns.
 
     `damaged` folders are set aside first. There is no moment without a complete checkpoint: an
     earlier one of the same step goes by its name with .replaced until the new one has its own.
@@ -82,6 +90,10 @@ def publish(partial: Path, target: Path, damaged: Iterable[Path] = ()) -> None:
             discard(target)
     os.rename(partial, target)
     sync(target.parent)
+
+
+def point_to(target: Path) -> None:
+    """Let `latest` name a checkpoint. No run goes by it: it is for people and scripts."""
     replace_file(target.parent / LATEST, target.name + "\n")
     sync(target.parent)
 
@@ -94,7 +106,7 @@ def retain(out: Path, keep: int, keep_every: int | None = None) -> None:
     kept = {path for _, path in found[-keep:]}
     kept |= {path for step, path in found if keep_every and step % keep_every == 0}
     lost = {path for _, path in numbered(out) if not is_complete(path)}  # somebody else's doing
-    clean(out, lambda p: p not in kept | lost and bool(_STEP.fullmatch(p.name)))
+    clean(out, lambda p: p not in kept | lost and bool(STEP.fullmatch(p.name)))
 
 
 def clean(out: Path, unwanted: Callable[[Path], bool] = lambda path: False) -> None:

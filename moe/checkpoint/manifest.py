@@ -3,14 +3,14 @@
 `files` has the hash of each file's header (of a file without tensors: of all of it), and every
 piece has its own, so that damage has a file's name and a tensor's. The manifest is written last and
 begins with the hash of what follows. Nothing in it is trusted: names stay inside the folder, pieces
-tile their tensor and their file.
+tile their tensor and their file, and `moe.checkpoint.progress` says what the rest must look like.
 """
 
 import json
 import math
 import re
 from collections.abc import Iterable
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass
 from pathlib import Path, PurePosixPath
 from typing import Any
 
@@ -18,6 +18,7 @@ import torch
 import xxhash
 
 from moe.checkpoint.disk import write_file
+from moe.checkpoint.progress import Progress, read_progress
 from moe.errors import Corrupt, UserError
 from moe.upcycle.source import CODES
 
@@ -26,7 +27,9 @@ PARTIAL = ".partial"  # ends the name of a folder that is still being written
 DELETED = ".deleted"  # and of one that is being deleted
 FORMAT = 2
 DTYPES = {str(dtype).removeprefix("torch."): dtype for dtype in CODES}
+STATE = ("parameter", "exp_avg", "exp_avg_sq")  # of these a value is no whole number
 KINDS = ("parameter", "buffer", "exp_avg", "exp_avg_sq", "rng")
+STEP = re.compile(r"step-(\d+)(\.replaced)?")  # names of the folders of a run's checkpoints
 _SEAL = re.compile(rb'\{"xxh3": "([0-9a-f]{32})", ')
 
 
@@ -74,11 +77,12 @@ class Manifest:
 
     tensors: dict[str, TensorRecord]
     files: dict[str, FileRecord]
-    progress: dict[str, Any] = field(default_factory=dict)
+    progress: Progress
     format: int = FORMAT
 
     def write(self, folder: Path) -> None:
-        body = json.dumps(asdict(self))[1:].encode() + b"\n"
+        values = asdict(self) | {"progress": self.progress.model_dump()}
+        body = json.dumps(values)[1:].encode() + b"\n"
         seal = f'{{"xxh3": "{xxhash.xxh3_128_hexdigest(body)}", '.encode()
         write_file(folder / NAME, [seal, body])
 
@@ -88,6 +92,8 @@ class Manifest:
         UserError where another version of this program wrote it.
         """
         path = folder / NAME
+        if folder.is_symlink() and STEP.fullmatch(folder.name):
+            raise Corrupt(f"{path}: its folder is a symbolic link, which is not followed.")
         if not is_complete(folder):
             raise Corrupt(f"{folder} has no {NAME}, or is unfinished: no complete checkpoint.")
         values = _unseal(path)
@@ -95,9 +101,8 @@ class Manifest:
         try:
             tensors = {str(n): _tensor(n, r) for n, r in values["tensors"].items()}
             files = {_file_name(n): _file(r) for n, r in values["files"].items()}
-            if not isinstance(values["progress"], dict):
-                raise ValueError("progress is no table")
-            manifest = cls(tensors=tensors, files=files, progress=values["progress"])
+            progress = read_progress(values["progress"])
+            manifest = cls(tensors=tensors, files=files, progress=progress)
             _check_tiles(manifest)
         except (ValueError, KeyError, TypeError, AttributeError) as error:
             said = " ".join(str(error).split())[:200]
@@ -192,6 +197,10 @@ def _tensor(name: Any, values: dict[str, Any]) -> TensorRecord:
         raise ValueError(f"{name!r:.80} is no tensor of kind {kind!r:.20}")
     if not isinstance(dtype, str) or dtype not in DTYPES:
         raise ValueError(f"{name}: dtype {dtype!r:.20}")
+    if kind in STATE and not DTYPES[dtype].is_floating_point:
+        raise ValueError(f"{name}: dtype {dtype}, which is none of a {kind}")
+    if kind == "rng" and (dtype != "uint8" or len(shape) != 1):
+        raise ValueError(f"{name}: {dtype} {shape} is no state of a generator")
     if not isinstance(values["pieces"], list):
         raise ValueError(f"{name}: pieces are no list")
     pieces = tuple(

@@ -6,7 +6,7 @@ for name, tensor in weights(folder): ...                     # no process group 
 
 from collections.abc import Iterable, Iterator
 from pathlib import Path
-from typing import Any, Self
+from typing import Self
 
 import torch
 from torch import Tensor
@@ -14,6 +14,7 @@ from torch import Tensor
 from moe.checkpoint.damage import Stretch, examine
 from moe.checkpoint.manifest import Manifest, Piece, TensorRecord, inside
 from moe.checkpoint.pieces import Entry, block_of, random_key
+from moe.checkpoint.progress import Progress
 from moe.errors import Corrupt, UserError
 
 
@@ -57,7 +58,7 @@ class Reader:
     def block(self, key: str, offset: tuple[int, ...], shape: tuple[int, ...]) -> Tensor:
         """`shape` values from `offset` of a tensor, put together from the pieces they lie in."""
         record = self.manifest.tensors[key]
-        result = torch.empty(shape, dtype=record.torch_dtype)
+        parts: list[tuple[tuple[slice, ...], Tensor]] = []
         for piece in record.pieces:
             low = [max(a, b) for a, b in zip(offset, piece.offset, strict=True)]
             high = [
@@ -70,7 +71,11 @@ class Reader:
                 slice(a - o, b - o) for a, b, o in zip(low, high, piece.offset, strict=True)
             )
             target = tuple(slice(a - o, b - o) for a, b, o in zip(low, high, offset, strict=True))
-            result[target] = self._piece(key, record, piece)[source]
+            parts.append((target, self._piece(key, record, piece)[source]))
+        # only now: that many values are there, whatever the manifest says of their number
+        result = torch.empty(shape, dtype=record.torch_dtype)
+        for target, part in parts:
+            result[target] = part
         return result
 
     def whole(self, key: str) -> Tensor:
@@ -93,11 +98,11 @@ class Reader:
                 "model= this checkpoint to keep its weights."
             )
         for key, entry in wanted.items():
-            tensor = entry.tensor
-            if tuple(tensor.shape) != stored[key].shape:
+            tensor, record = entry.tensor, stored[key]
+            if tuple(tensor.shape) != record.shape or tensor.dtype != record.torch_dtype:
                 raise UserError(
-                    f"{self.folder}: {key} is {stored[key].shape}, "
-                    f"the model's {tuple(tensor.shape)}."
+                    f"{self.folder}: {key} is {record.shape} of {record.torch_dtype}, the model's "
+                    f"{tuple(tensor.shape)} of {tensor.dtype}."
                 )
             local, offset, _ = block_of(tensor, 0)
             if local.numel():
@@ -119,6 +124,6 @@ def weights(folder: Path) -> Iterator[tuple[str, Tensor]]:
                 yield key.split("/", 1)[1], checkpoint.whole(key)
 
 
-def progress_of(folder: Path) -> dict[str, Any]:
+def progress_of(folder: Path) -> Progress:
     """Where the run stood that wrote a checkpoint."""
     return Manifest.read(folder).progress

@@ -25,6 +25,7 @@ from moe.checkpoint.damage import Gather
 from moe.checkpoint.disk import sync_tree, write_file
 from moe.checkpoint.manifest import PARTIAL, FileRecord, Manifest, Piece, TensorRecord
 from moe.checkpoint.pieces import Entry, Snapshot
+from moe.checkpoint.progress import Progress
 from moe.errors import UserError
 from moe.upcycle.source import hash_file, sync
 
@@ -44,7 +45,7 @@ class Job:
     step: int
     partial: Path
     snapshot: Snapshot
-    progress: dict[str, Any]
+    progress: Progress
     side_files: Callable[[Path], None]
     failure: Exception | None = None
     written: threading.Event = field(default_factory=threading.Event)  # this rank's part, or not
@@ -91,7 +92,7 @@ class Saver:
         self,
         step: int,
         entries: Iterable[Entry],
-        progress: dict[str, Any],
+        progress: Progress,
         side_files: Callable[[Path], None],
     ) -> None:
         """Start to write `out/checkpoints/step-N`, complete or not at all.
@@ -230,6 +231,15 @@ class Saver:
             sync(self.out)  # the folder of checkpoints may be new
         folders.publish(job.partial, target, self.damaged)
         self.damaged = []
+        try:
+            folders.point_to(target)
+        except OSError as error:  # the checkpoint is there all the same
+            print(
+                f"{target} is saved, but {folders.LATEST} beside it cannot be written: "
+                f"{error.strerror or error}. A run goes on from the newest checkpoint, whatever it "
+                "names.",
+                flush=True,
+            )
         folders.retain(self.out, self.keep, self.keep_every)
 
     def _await(self, job: Job, rank: int) -> dict[str, Any]:
@@ -251,7 +261,7 @@ def save(
     out: Path,
     step: int,
     entries: Iterable[Entry],
-    progress: dict[str, Any],
+    progress: Progress,
     rank: int,
     gather: Gather,
     side_files: Callable[[Path], None],

@@ -13,12 +13,14 @@ loaded here.)
 from moe.checkpoint.damage import Damage, check, check_together, newest_sound, unknown
 from moe.checkpoint.folders import FOLDER, clean, latest, numbered, retain, stale, steps
 from moe.checkpoint.manifest import is_complete as is_checkpoint
+from moe.checkpoint.progress import Progress
 from moe.checkpoint.reader import Reader, progress_of, weights
 from moe.checkpoint.saver import Saver, save
 
 __all__ = [
     "FOLDER",
     "Damage",
+    "Progress",
     "Reader",
     "Saver",
     "check",

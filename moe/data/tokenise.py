@@ -58,10 +58,13 @@ def load_tokenizer(path: str) -> Any:
     try:
         return AutoTokenizer.from_pretrained(path, trust_remote_code=False)
     except Exception as error:  # transformers raises what it likes over a bad file
-        raise UserError(
+        from moe.upcycle.tokenizer import refusal
+
+        missing = (
             f"{path} has no tokenizer that can be loaded: {error} "
             "Give a model folder that has tokenizer.json."
-        ) from error
+        )
+        raise UserError(refusal(path, error, missing)) from error
 
 
 def tokenise(

@@ -1,7 +1,6 @@
 """What a run configuration asks of this machine: that it is legal, and room for its checkpoints."""
 
 import importlib.util
-import os
 import shutil
 from collections.abc import Callable
 from typing import Any
@@ -11,15 +10,15 @@ import torch
 from moe.config import RunConfig
 from moe.doctor.finding import Finding
 from moe.doctor.machine import existing
-from moe.errors import MoeError
-
-BYTES = 4 + 8  # of one parameter in a checkpoint: float32, and two moments
+from moe.errors import MoeError, UserError
+from moe.parallel.world import launched
+from moe.plan.plan import CHECKPOINT_BYTES
 
 
 def world_size() -> int:
     """Ranks to check for: the launcher's, else one for each GPU here."""
     gpus = torch.cuda.device_count() if torch.cuda.is_available() else 0
-    return int(os.environ.get("WORLD_SIZE", max(1, gpus)))
+    return max(1, launched("WORLD_SIZE", gpus))
 
 
 def look(config: RunConfig) -> list[Finding]:
@@ -28,12 +27,16 @@ def look(config: RunConfig) -> list[Finding]:
     from moe.engines.imagine import blueprint
     from moe.hf.families import routed_config
     from moe.plan.meshes import check
-    from moe.upcycle.source import Source
+    from moe.train.starting import open_model
 
-    size, sizes = world_size(), []
+    try:
+        size = world_size()
+    except UserError as error:
+        return [Finding("configuration", "fails", "it is not known for how many ranks", str(error))]
+    sizes: list[int] = []
 
     def model() -> None:
-        shape = routed_config(Source.open(config.model).config)
+        shape = routed_config(open_model(config).config)
         imagined = blueprint(shape)
         sizes.append(sum(p.numel() for p in imagined.parameters()))
         check(config, imagined, size)
@@ -71,14 +74,14 @@ def checkpoints(config: RunConfig, parameters: int) -> Finding:
     """Room for `keep` checkpoints and the one that is written before the oldest goes."""
     place = existing(config.out)
     free = shutil.disk_usage(place).free
-    each = parameters * BYTES
+    each = parameters * CHECKPOINT_BYTES
     there = sum(p.stat().st_size for p in (config.out / "checkpoints").glob("step-*/*")
                 if p.is_file())  # fmt: skip
     needed = max(each, (config.checkpoint.keep + 1) * each - there)
     values = {"each": each, "keep": config.checkpoint.keep, "needed": needed, "free": free}
     text = (
         f"{_gb(each)} each; {config.checkpoint.keep} kept, one being written: {_gb(needed)} more, "
-        f"{_gb(free)} free in {place}"
+        f"{_gb(free)} free in {place}; in the host's memory a copy of it, shared by the ranks"
     )
     if needed > free:
         advice = "Make room, choose another out, or a smaller checkpoint.keep."

@@ -21,7 +21,7 @@ from moe.model import RoutedLlamaConfig
 from moe.model.losses import RoutingLoad
 from moe.model.router import ExpertRouter, SoftRouter
 from moe.progress import Progress, quiet_libraries
-from moe.upcycle.tokenizer import load_tokenizer
+from moe.upcycle.tokenizer import load_tokenizer, refusal
 from moe.upcycle.verify import windows
 
 Part = tuple[int, str]  # a layer, and attention or mlp
@@ -49,9 +49,8 @@ def calibration_tokens(folder: Path, text: Path, vocab_size: int) -> Tensor:
     try:
         load_tokenizer(folder)
     except Exception as error:  # transformers raises what it likes where there is none
-        raise UserError(
-            f"--calibrate {text}: {folder} has no tokenizer to read it with. Add its files."
-        ) from error
+        missing = f"--calibrate {text}: {folder} has no tokenizer to read it with. Add its files."
+        raise UserError(refusal(folder, error, missing)) from error
     return windows(folder, text, vocab_size)[0]
 
 

@@ -40,11 +40,11 @@ def checkpoint_steps(manifest: Manifest) -> list[dict[str, Any]]:
     progress = manifest.progress
     trained = {
         "recipe": "train",
-        "options": {"steps": progress["step"], "consumed_samples": progress["consumed_samples"]},
-        "config": progress["config"],
-        "versions": progress.get("versions"),
+        "options": {"steps": progress.step, "consumed_samples": progress.consumed_samples},
+        "config": progress.config,
+        "versions": progress.versions,
     }
-    return [*progress.get("origin", []), trained]
+    return [*progress.origin, trained]
 
 
 def _layer(config: RoutedLlamaConfig, index: int) -> dict[str, Any]:

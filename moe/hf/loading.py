@@ -16,7 +16,14 @@ import moe.model  # noqa: F401  (registers RoutedLlama)
 from moe.checkpoint import manifest, store
 from moe.errors import Corrupt, UserError
 from moe.upcycle import receipt
-from moe.upcycle.source import hash_file, read_config, require_finite, weight_files
+from moe.upcycle.source import (
+    hash_file,
+    read_config,
+    read_header,
+    require_finite,
+    weight_files,
+)
+from moe.upcycle.tokenizer import refusal
 
 
 def load_model(folder: Path) -> PreTrainedModel:
@@ -29,10 +36,12 @@ def load_model(folder: Path) -> PreTrainedModel:
         return _load_folder(folder)
     with torch.device("meta"):
         model = AutoModelForCausalLM.from_config(config)
+    check_shapes(manifest.Manifest.read(folder), folder, model.state_dict())
     weights: dict[str, Any] = dict(store.weights(folder))
     missing, unexpected = model.load_state_dict(weights, strict=False, assign=True)
     model.tie_weights()
-    missing = [n for n in missing if model.get_parameter(n).is_meta]
+    state = model.state_dict()
+    missing = [n for n in missing if state[n].is_meta]
     _check_keys(folder, missing, unexpected)
     # what is computed, not stored, is still on the meta device
     model.model.rotary_emb = type(model.model.rotary_emb)(config)
@@ -41,13 +50,15 @@ def load_model(folder: Path) -> PreTrainedModel:
 
 
 def _load_folder(folder: Path) -> PreTrainedModel:
-    weight_files(folder)  # says what is missing, or that it is a pickle
+    for path in weight_files(folder):  # says what is missing, or that it is a pickle
+        read_header(path)
     model: PreTrainedModel
     info: dict[str, Any]
     try:
         model, info = AutoModelForCausalLM.from_pretrained(  # type: ignore[misc]
-            folder, dtype="auto", output_loading_info=True, trust_remote_code=False
-        )
+            folder, dtype="auto", output_loading_info=True, trust_remote_code=False,
+            use_safetensors=True,
+        )  # fmt: skip
     except SafetensorError as error:
         raise Corrupt(f"{folder}: {error}") from error
     except Exception as error:  # transformers raises what it likes over a bad folder
@@ -56,6 +67,16 @@ def _load_folder(folder: Path) -> PreTrainedModel:
     _check_keys(folder, info["missing_keys"], info["unexpected_keys"])
     require_finite(folder, model.named_parameters())
     return model.eval()
+
+
+def check_shapes(found: manifest.Manifest, folder: Path, wanted: dict[str, Any]) -> None:
+    """Raise Corrupt where a checkpoint's tensors are not of the shapes of its config's model."""
+    for key, record in found.tensors.items():
+        name = key.split("/", 1)[1]
+        if record.kind not in ("parameter", "buffer") or name not in wanted:
+            continue
+        if (due := tuple(wanted[name].shape)) != record.shape:
+            raise Corrupt(f"{folder}: {key} is {record.shape}, its config makes it {due}.")
 
 
 def _check_keys(folder: Path, missing: Iterable[str], unexpected: Iterable[str]) -> None:
@@ -72,10 +93,11 @@ def load_tokenizer(folder: Path) -> Any:
     try:
         return AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
     except Exception as error:  # transformers raises what it likes over a bad file
-        raise UserError(
+        missing = (
             f"{folder} has no tokenizer that can be read: copy tokenizer.json and "
             "tokenizer_config.json into it."
-        ) from error
+        )
+        raise UserError(refusal(folder, error, missing)) from error
 
 
 def identity(folder: Path) -> dict[str, str]:

@@ -8,12 +8,14 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from transformers import PreTrainedConfig
+import torch
+from transformers import AutoModelForCausalLM, PreTrainedConfig
 
 from moe.checkpoint import store
 from moe.checkpoint.manifest import NAME, Manifest, TensorRecord
 from moe.errors import Corrupt
 from moe.hf.inspect import checkpoint_steps
+from moe.hf.loading import check_shapes
 from moe.upcycle.expression import Concat, Expression, Read
 from moe.upcycle.rearrange import Tiles
 from moe.upcycle.receipt import Receipt
@@ -56,8 +58,11 @@ def _checkpoint(path: Path) -> Origin:
         for key, record in manifest.tensors.items()
         if record.kind in ("parameter", "buffer")
     }
+    config = read_config(path)
+    with torch.device("meta"):
+        check_shapes(manifest, path, AutoModelForCausalLM.from_config(config).state_dict())
     files = {NAME: hash_file(path / NAME)}
-    return Origin(path, read_config(path), plan, [], checkpoint_steps(manifest), files)
+    return Origin(path, config, plan, [], checkpoint_steps(manifest), files)
 
 
 def _whole(folder: Path, key: str, record: TensorRecord) -> Expression:

@@ -19,7 +19,7 @@ import torch
 from torch import Tensor, distributed
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 
-from moe.errors import Corrupt, MoeError, SaidElsewhere, UserError
+from moe.errors import MoeError, SaidElsewhere, UserError
 
 # what torch says where a peer is gone or silent: gloo and NCCL have no error type for it
 LOST = re.compile(r"gloo|NCCL|[Cc]onnection (closed|reset|refused)|[Tt]imed? ?out|Broken pipe")
@@ -93,6 +93,16 @@ class Ranks:
         return init_device_mesh(self.device.type, shape, mesh_dim_names=("shard", "expert"))
 
 
+def launched(name: str, alone: int) -> int:
+    """What a launcher says in the environment, else `alone`. Raises UserError over no number."""
+    text = os.environ.get(name, str(alone))
+    if not text.isdecimal():
+        raise UserError(
+            f"{name}={text!r} is no whole number: torchrun sets it. Unset it to run one process."
+        )
+    return int(text)
+
+
 @contextlib.contextmanager
 def world(timeout: float = 1800.0) -> Iterator[Ranks]:
     """Join the process group that torchrun describes; alone, make a group of one. No rank waits
@@ -101,10 +111,10 @@ def world(timeout: float = 1800.0) -> Iterator[Ranks]:
     NCCL on GPUs, gloo on CPUs. The group of one lets a single process shard over itself, so that
     one code path serves one process and many.
     """
-    size, rank = int(os.environ.get("WORLD_SIZE", "1")), int(os.environ.get("RANK", "0"))
+    size, rank = launched("WORLD_SIZE", 1), launched("RANK", 0)
     device = torch.device("cpu")
     if torch.cuda.is_available():
-        device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0")))
+        device = torch.device("cuda", launched("LOCAL_RANK", 0))
         torch.cuda.set_device(device)
     joined = distributed.is_initialized()  # by a test harness, or an engine's own launcher
     backend = "nccl" if device.type == "cuda" else "gloo"
@@ -134,9 +144,24 @@ def say_once(ranks: Ranks, check: Callable[..., Any], *arguments: Any) -> Any:
     """What `check` returns. What it refuses is refused alike on every rank, and rank 0 says it."""
     try:
         return check(*arguments)
-    except (UserError, Corrupt) as error:
+    except MoeError as error:
         leave_it_to_the_first(ranks, error.exit_code)
         raise
+
+
+def by_first(ranks: Ranks, make: Callable[..., Any], *arguments: Any) -> Any:
+    """What `make` returns on rank 0, None on others. What it refuses there ends all of them."""
+    made, refused = None, None
+    if ranks.rank == 0:
+        try:
+            made = make(*arguments)
+        except UserError as error:
+            refused = error
+    if ranks.any(refused is not None):
+        leave_it_to_the_first(ranks, UserError.exit_code)
+        assert refused is not None
+        raise refused
+    return made
 
 
 def leave_it_to_the_first(ranks: Ranks, exit_code: int) -> None:

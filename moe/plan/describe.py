@@ -27,7 +27,7 @@ def describe(found: dict[str, Any], config: RunConfig) -> str:
             "",
             *_meshes(found),
             "",
-            *_bytes(found),
+            *_bytes(found, config),
             "",
             *_traffic(found),
             "",
@@ -84,7 +84,7 @@ def _meshes(found: dict[str, Any]) -> list[str]:
     return lines
 
 
-def _bytes(found: dict[str, Any]) -> list[str]:
+def _bytes(found: dict[str, Any], config: RunConfig) -> list[str]:
     held = found["bytes"]
     lines = ["Bytes of rank 0              total    experts'"]
     for name, what in CLASSES.items():
@@ -103,6 +103,9 @@ def _bytes(found: dict[str, Any]) -> list[str]:
     if held["host"]:
         lines.append(f"  {'host':<18} {size(held['host']):>13} {'':>11}   offloaded to the host's "
                      "memory")  # fmt: skip
+    kept = "kept from save to save" if config.checkpoint.asynchronous else "while it is saved"
+    lines.append(f"  {'checkpoint':<18} {size(held['saved']):>13} {'':>11}   a copy in the host's "
+                 f"memory, {kept}")  # fmt: skip
     if found["memory"] is not None:
         need = max(held["peak"], held["start"])
         what = "peak" if need == held["peak"] else "start"

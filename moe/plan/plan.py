@@ -18,6 +18,7 @@ from moe.plan.meshes import check, legal_meshes, with_ranks
 from moe.plan.rank import footprint
 from moe.upcycle.source import read_config
 
+CHECKPOINT_BYTES = 4 + 8  # of a parameter: float32, and two moments
 WORLDS = (8, 64, 1024)  # GPUs to extrapolate to
 
 
@@ -58,7 +59,9 @@ def plan(
         "micro_batches": micro_batches,
         "tokens_per_step": config.train.global_batch_size * config.data.sequence_length,
         "meshes": legal_meshes(config, model, size),
-        "bytes": _bytes(found) | {"start": start, "host": found.host},
+        "bytes": _bytes(found)
+        | {"start": start, "host": found.host}
+        | {"saved": saved_bytes(config, found, total, size)},
         "memory": memory,
         "fits": None if memory is None else need <= memory,
         "visits": _visits(model_config, config.parallel.expert),
@@ -76,6 +79,15 @@ def _start(config: RunConfig, model: nn.Module) -> int:
         return 0
     whole = storage_bytes(model.parameters())
     return whole // 2 if config.train.dtype == "bfloat16" else whole
+
+
+def saved_bytes(config: RunConfig, found: Footprint, parameters: int, size: int) -> int:
+    """Bytes of the copy in the host's memory that a rank writes its part of a checkpoint from: all
+    that it holds; of DeepSpeed's state, which is put together first, an even share.
+    """
+    if config.engine == "native":
+        return found.weights.total + found.moments.total
+    return -(-CHECKPOINT_BYTES * parameters // size)
 
 
 def _mesh(config: RunConfig, size: int) -> dict[str, int]:

@@ -30,6 +30,13 @@ def main() -> None:
             place = f" on rank {rank}" if rank != "0" else ""
             print(f"{error.label}{place}: {error}", file=sys.stderr)
         code = error.exit_code
+    except OSError as error:
+        if error.filename is None:  # of no file that a user named
+            sys.excepthook(*sys.exc_info())
+            code = 1
+        else:
+            print(f"error: {error.filename}: {error.strerror}", file=sys.stderr)
+            code = 2
     except SystemExit as stop:
         code = stop.code
     except Exception:

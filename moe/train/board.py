@@ -5,10 +5,12 @@ board.metrics(metrics); board.layers(step, layers); board.pictures(step, loads);
 """
 
 import json
+import threading
 from pathlib import Path
 from typing import Any
 
 import torch
+from tensorboard.summary.writer.event_file_writer import _AsyncWriterThread
 from torch.utils.tensorboard import SummaryWriter
 from torch.utils.tensorboard.summary import hparams
 
@@ -39,6 +41,12 @@ LAYOUT = {  # charts of the dashboard "custom scalars"; names of scalars are pat
 }
 
 
+def said_elsewhere(given: threading.ExceptHookArgs) -> None:
+    """No traceback of TensorBoard's thread: it keeps its error for whoever writes next."""
+    if not isinstance(given.thread, _AsyncWriterThread):
+        threading.__excepthook__(given)
+
+
 class Board:
     """One run of TensorBoard, however often it was interrupted: later events of steps that come
     again are purged, and layout and hyper-parameters are written once.
@@ -49,6 +57,7 @@ class Board:
     ) -> None:
         folder = out / "tensorboard"
         begun = any(folder.glob("events.out.tfevents.*"))
+        threading.excepthook = said_elsewhere
         self._writer = SummaryWriter(str(folder), purge_step=first + 1)
         self._writer.add_text("config", f"```yaml\n{text}```", first)
         if words:

@@ -18,6 +18,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from moe.checkpoint.progress import Judged
 from moe.config import Guard as Settings
 from moe.errors import MoeError
 
@@ -101,16 +102,16 @@ class Guard:
             "lower optimizer.lr or train.clip, and start again."
         )
 
-    def state(self) -> dict[str, Any]:
-        """What a resumed run needs to judge alike, as JSON."""
+    def state(self) -> Judged:
+        """What a resumed run needs to judge alike."""
         row = [[step, samples.start, samples.stop] for step, samples in self._row]
-        return {"skipped": self.skipped, "clean": [list(c) for c in self._clean], "row": row}
+        return Judged(skipped=self.skipped, clean=[list(c) for c in self._clean], row=row)
 
-    def restore(self, state: dict[str, Any]) -> None:
+    def restore(self, state: Judged) -> None:
         """The reverse of `state`."""
-        self.skipped = state["skipped"]
-        self._clean.extend((loss, norm) for loss, norm in state["clean"])
-        self._row = [(step, range(start, stop)) for step, start, stop in state["row"]]
+        self.skipped = state.skipped
+        self._clean.extend((loss, norm) for loss, norm in state.clean)
+        self._row = [(step, range(start, stop)) for step, start, stop in state.row]
 
 
 class Generators:

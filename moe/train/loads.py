@@ -10,13 +10,15 @@ import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import IO, Any, Literal
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
 
+from moe.errors import Corrupt
 from moe.model import LayerLoad, LayerRouting, RoutedLlamaConfig, RoutingLoad
-from moe.model.spec import DenseMLP
+from moe.model.spec import DenseMLP, MoHAttention
+from moe.train.events import lines_until, rewritten
 
 Part = Literal["attention", "mlp"]
 PARTS: tuple[Part, Part] = ("attention", "mlp")
@@ -117,6 +119,19 @@ class StepLoads:
         return result
 
 
+def units(config: RoutedLlamaConfig, layer: int) -> tuple[int | None, int | None]:
+    """How many heads and experts of a layer compete; None where it is dense."""
+    attention, mlp = config.attention_spec(layer), config.mlp_spec(layer)
+    if isinstance(attention, MoHAttention):
+        groups = attention.granularity == "kv_group"
+        whole = config.num_key_value_heads if groups else config.num_attention_heads
+        assert whole is not None
+        heads: int | None = len(attention.routed_heads(whole))
+    else:
+        heads = getattr(attention, "num_experts", None)
+    return heads, getattr(mlp, "num_experts", None)
+
+
 class LoadMeter:
     """Adds up what routers did. Losses are weighed by tokens, so that sums stay exact."""
 
@@ -194,20 +209,6 @@ class LoadLog:
         self._file.close()
 
 
-def lines_until(path: Path, last: int) -> list[str]:
-    """The lines of a run's JSONL file up to a step; a kill may have cut the very last one short."""
-    lines = path.read_text().splitlines(keepends=True) if path.is_file() else []
-    whole = [line for line in lines if line.endswith("}\n")]
-    return [line for line in whole if json.loads(line)["step"] <= last]
-
-
-def rewritten(path: Path, lines: Sequence[str]) -> IO[str]:
-    """A file that holds these lines and no others, open for more; a kill leaves the old one."""
-    kept = path.with_name(path.name + ".partial")
-    kept.write_text("".join(lines))
-    return kept.rename(path).open("a")
-
-
 def plain(reference: list[LayerLoad] | None) -> list[list[list[float] | None]] | None:
     """Loads as JSON: float32 survives the way through Python's floats."""
     if reference is None:
@@ -215,8 +216,21 @@ def plain(reference: list[LayerLoad] | None) -> list[list[list[float] | None]] |
     return [[None if f is None else f.tolist() for f in layer] for layer in reference]
 
 
-def tensors(plain: list[list[list[float] | None]], device: torch.device) -> list[LayerLoad]:
-    """The reverse of `plain`."""
+def tensors(
+    plain: list[list[list[float] | None]], config: RoutedLlamaConfig, device: torch.device
+) -> list[LayerLoad]:
+    """The reverse of `plain`. Raises Corrupt where they are no loads of such a model."""
+    sizes = [[f and len(f) for f in layer] for layer in plain]
+    expected = [units(config, layer) for layer in range(config.num_hidden_layers)]
+    fits = len(sizes) == len(expected) and all(
+        found is None or found == due
+        for layer, both in zip(sizes, expected, strict=True)
+        for found, due in zip(layer, both, strict=True)
+    )
+    if not fits:
+        raise Corrupt(
+            f"the checkpoint's loads are of {sizes} heads and experts, the model has {expected}."
+        )
     return [
         LayerLoad(*(None if f is None else torch.tensor(f, device=device) for f in layer))
         for layer in plain

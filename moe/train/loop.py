@@ -22,7 +22,7 @@ from moe.model import LayerLoad, RoutedLlamaConfig
 from moe.model.losses import update_selection_bias
 from moe.model.union import UnionRouter
 from moe.parallel.loss import cross_entropy
-from moe.parallel.world import Ranks, say_once, world
+from moe.parallel.world import Ranks, by_first, say_once, world
 from moe.progress import quiet_libraries
 from moe.train import lock
 from moe.train.configurations import check_same, differences
@@ -40,6 +40,7 @@ from moe.train.starting import (
     load_model,
     load_suite,
     open_data,
+    restore_generators,
     starting_point,
 )
 from moe.upcycle.receipt import versions
@@ -52,6 +53,7 @@ def train(config: RunConfig) -> None:
     with world(config.parallel.timeout) as ranks:
         check_same(config, ranks)
         say_once(ranks, config.check_world, ranks.size)
+        say_once(ranks, check_files, config)  # what is refused leaves no folder
         with say_once(ranks, lock.take, config.out, ranks):
             Run(config, ranks).go()
 
@@ -64,7 +66,8 @@ class Run:
         ranks = self.ranks
         self.preemption = Preemption(config.out, self.ranks, config.train.time_limit)
         self.leaving = False  # as all ranks have agreed
-        self._leave_if_asked(max((step for step, _ in store.steps(config.out)), default=0))
+        saved = say_once(ranks, store.steps, config.out)
+        self._leave_if_asked(max((step for step, _ in saved), default=0))
         torch.manual_seed(config.seed + ranks.rank)  # dropout differs by rank, nothing else draws
         if config.train.resume == "never" and store.latest(config.out) is not None:
             raise UserError(
@@ -110,11 +113,12 @@ class Run:
         """Train until the last step."""
         config = self.config
         self._leave_if_asked(self.step)
+        words = ""
         if self.ranks.rank == 0:
-            (config.out / "config.yaml").write_text(config.to_yaml())
             words = "\n".join(describe_model(config.model, inspect(config.model)))
-            place = self.step, config.train.steps
-            self.reporter = Reporter(config.out, config.to_yaml(), *place, words)
+        given = config.out, config.to_yaml(), self.step, config.train.steps, words
+        self.reporter = by_first(self.ranks, Reporter, *given)
+        if self.reporter:
             print(headline(config, self.ranks, self.step), flush=True)
         batches = Batches(
             self.dataset,
@@ -255,7 +259,7 @@ class Run:
             origin = getattr(self.dataset, "origin", None)
             origins = [{"sample": i, **origin(i)} for i in samples] if origin else []
             self.reporter.skipped(Skipped(self.step, reason, samples, bad, origins))
-        self.guard.check(store.latest(self.config.out))
+        say_once(self.ranks, self.guard.check, store.latest(self.config.out))
 
     def _forward(self, batch: dict[str, Tensor]) -> Any:
         return self.engine.forward(
@@ -325,20 +329,20 @@ class Run:
         """Begin to save a checkpoint, of this very moment; `checkpoint.asynchronous: false` ends it
         too. A save that fails is said, and training goes on.
         """
-        progress = {
-            "step": self.step,
-            "data_step": self.data_step,
-            "consumed_samples": self.consumed_samples,
-            "updates": self.engine.updates,
-            "origin": self.origin,
-            "versions": versions(),
-            "reference": plain(self.reference),
-            "guard": self.guard.state(),
-            "unvalidated": self.unvalidated,
-            "unevaluated": self.unevaluated,
-            "ranks": self.ranks.size,  # each has its own random state
-            "config": self.config.model_dump(mode="json"),
-        }
+        progress = store.Progress(
+            step=self.step,
+            data_step=self.data_step,
+            consumed_samples=self.consumed_samples,
+            updates=self.engine.updates,
+            origin=self.origin,
+            versions=versions(),
+            reference=plain(self.reference),
+            guard=self.guard.state(),
+            unvalidated=self.unvalidated,
+            unevaluated=self.unevaluated,
+            ranks=self.ranks.size,
+            config=self.config.model_dump(mode="json"),
+        )
         self.saver.save(self.step, self.engine.state(), progress, self._side_files)
 
     def finish_saving(self) -> None:
@@ -359,33 +363,26 @@ class Run:
         with store.Reader(folder, checked=True) as checkpoint:
             progress = checkpoint.manifest.progress
             self.data_step = data_step(self.config, folder, progress)
-            if progress["updates"]:
+            if progress.updates:
                 self.engine.prepare_moments()
             checkpoint.load(self.engine.state())
-            self.engine.updates = progress["updates"]
-            state = checkpoint.random_state(self.ranks.rank)
-            if state is not None:
-                torch.set_rng_state(state)
-            if self.ranks.device.type == "cuda":
-                state = checkpoint.random_state(self.ranks.rank, "cuda")
-                if state is not None:
-                    torch.cuda.set_rng_state(state)
-        if progress["reference"] is not None:
-            self.reference = tensors(progress["reference"], self.ranks.device)
-        self.unvalidated = self.validation is not None and progress.get("unvalidated", False)
-        self.unevaluated = self.suite is not None and progress.get("unevaluated", False)
-        if "guard" in progress:
-            self.guard.restore(progress["guard"])
+            self.engine.updates = progress.updates
+            restore_generators(checkpoint, self.ranks)
+        if progress.reference is not None:
+            self.reference = tensors(progress.reference, self.model_config, self.ranks.device)
+        self.unvalidated = self.validation is not None and progress.unvalidated
+        self.unevaluated = self.suite is not None and progress.unevaluated
+        self.guard.restore(progress.guard)
         if self.ranks.rank == 0:
             print(f"going on from {folder}", flush=True)
-            if self.data_step == progress["step"] and self.data_step:
+            if self.data_step == progress.step and self.data_step:
                 print("  with the first sample of its data (data.restart)", flush=True)
-            then = progress.get("ranks", self.ranks.size)
+            then = progress.ranks or self.ranks.size
             if self.model_config.attention_dropout and then != self.ranks.size:
                 print(f"  dropout masks differ from those of the {then} ranks that wrote it")
-            for line in differences(progress["config"], self.config.model_dump(mode="json")):
+            for line in differences(progress.config, self.config.model_dump(mode="json")):
                 print(f"  changed since then: {line}", flush=True)
-        return int(progress["step"])
+        return progress.step
 
 
 def token_losses(logits: Tensor, batch: dict[str, Tensor]) -> Tensor:

@@ -11,6 +11,7 @@ from typing import Any
 import torch
 import yaml
 
+from moe.checkpoint.disk import replace_file
 from moe.config import RunConfig
 from moe.errors import UserError
 from moe.model import RoutedLlamaConfig
@@ -18,9 +19,9 @@ from moe.model.accounting import flops_per_token
 from moe.parallel.world import Ranks
 from moe.progress import duration
 from moe.train.board import Board
-from moe.train.events import note
+from moe.train.events import lines_until, note, rewritten
 from moe.train.guard import Skipped
-from moe.train.loads import NOUNS, LoadLog, StepLoads, lines_until, rewritten
+from moe.train.loads import NOUNS, LoadLog, StepLoads
 
 # Dense bfloat16 peak in FLOP/s, by a part of the device's name (vendors' data sheets).
 PEAKS = {
@@ -91,10 +92,10 @@ def written(report: Callable[..., None]) -> Callable[..., None]:
         try:
             report(self, *given)
         except OSError as error:
+            files = error.filename or f"{self.path} or TensorBoard's files beside it"
             raise UserError(
-                f"{self.path} or TensorBoard's files beside it cannot be written: "
-                f"{error.strerror or error}. Start the run again once that is mended, and it goes "
-                "on from its newest checkpoint."
+                f"{files} cannot be written: {error.strerror or error}. Start the run again once "
+                "that is mended, and it goes on from its newest checkpoint."
             ) from error
 
     return call
@@ -106,12 +107,14 @@ class Reporter:
     What an interrupted run has reported of later steps is dropped: they come again.
     """
 
+    @written
     def __init__(
         self, out: Path, config_text: str, first: int, steps: int, words: str = ""
     ) -> None:
         self.first, self.steps, self._begin = first, steps, time.monotonic()
         self._drawn = 0.0  # seconds
         self.path = path = out / "metrics.jsonl"
+        replace_file(out / "config.yaml", config_text)
         lines = lines_until(path, first)
         held = [json.loads(line) for line in lines]
         self._validated = {x["step"] for x in held if "validation_loss" in x}

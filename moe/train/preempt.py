@@ -21,7 +21,6 @@ from pathlib import Path
 from typing import TYPE_CHECKING, NoReturn
 
 from moe.errors import Preempted
-from moe.train.events import note
 
 if TYPE_CHECKING:
     from moe.parallel.world import Ranks
@@ -121,11 +120,13 @@ class Preemption:
             reason += f" on rank {rank}"
         message = f"{reason} at step {step}. Start the run again, and it goes on from there."
         if self.ranks.rank == 0:
+            from moe.checkpoint.disk import replace_file  # nothing slow before signals are watched
+            from moe.train.events import note
+
             now = datetime.now(UTC).isoformat(timespec="seconds")
             self.out.mkdir(parents=True, exist_ok=True)
-            partial = self.out / f"{MARKER}.partial"
-            partial.write_text(json.dumps({"step": step, "reason": reason, "time": now}) + "\n")
-            os.replace(partial, self.out / MARKER)
+            marker = {"step": step, "reason": reason, "time": now}
+            replace_file(self.out / MARKER, json.dumps(marker) + "\n")
             note(self.out, step, "preempted", reason=reason)
         self.ranks.barrier()  # a launcher kills all ranks as soon as one has ended
         raise Preempted(message if self.ranks.rank == 0 else "")

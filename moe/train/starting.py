@@ -9,6 +9,8 @@ from torch.utils.data import Dataset
 
 from moe.checkpoint import store
 from moe.checkpoint.manifest import Manifest
+from moe.checkpoint.pieces import random_key
+from moe.checkpoint.progress import Progress
 from moe.config import RunConfig
 from moe.data.dataset import Sample, build_dataset
 from moe.data.manifest import read_manifest
@@ -79,8 +81,9 @@ def load_model(source: Source) -> RoutedLlamaForCausalLM:
     if not isinstance(config, RoutedLlamaConfig):
         config = routed_config(config)  # of the same tensors under the same names
     loaded: Any = RoutedLlamaForCausalLM.from_pretrained(
-        source.folder, config=config, dtype=torch.float32, output_loading_info=True
-    )
+        source.folder, config=config, dtype=torch.float32, output_loading_info=True,
+        use_safetensors=True,
+    )  # fmt: skip
     model, found = loaded
     if missing := sorted(found["missing_keys"]):
         raise UserError(f"model={source.folder} lacks {len(missing)} tensors such as {missing[0]}.")
@@ -184,17 +187,31 @@ def _instead(damaged: Path, ranks: Ranks) -> list[str]:
     return [f"train.resume={damaged} is damaged. The newest sound one is {sound}: name that."]
 
 
-def data_step(config: RunConfig, folder: Path, progress: dict[str, Any]) -> int:
+def restore_generators(checkpoint: store.Reader, ranks: Ranks) -> None:
+    """The random state that this rank has saved, if it has. Raises Corrupt where it is none."""
+    put = {"cpu": torch.set_rng_state, "cuda": torch.cuda.set_rng_state}
+    for device in dict.fromkeys(("cpu", ranks.device.type)):
+        state = checkpoint.random_state(ranks.rank, device)
+        if state is None:
+            continue
+        try:
+            put[device](state)
+        except (RuntimeError, TypeError) as error:
+            name = random_key(ranks.rank, device)
+            raise Corrupt(f"{checkpoint.folder}: {name}: {error}".splitlines()[0]) from error
+
+
+def data_step(config: RunConfig, folder: Path, progress: Progress) -> int:
     """The step at which the data's first sample is, or was, due. 0: the run's first.
 
     With data.restart other data than the checkpoint has seen begin now. Raises UserError where
     samples that were seen would be counted wrong.
     """
-    step, begun = int(progress["step"]), int(progress.get("data_step", 0))
-    then, now = progress["config"]["data"], config.model_dump(mode="json")["data"]
-    if config.data.restart and any(then[key] != now[key] for key in READ_AS):
+    step, begun = progress.step, progress.data_step
+    then, now = progress.config["data"], config.model_dump(mode="json")["data"]
+    if config.data.restart and any(then.get(key) != now[key] for key in READ_AS):
         return step
-    batch, seen = config.train.global_batch_size, progress["consumed_samples"]
+    batch, seen = config.train.global_batch_size, progress.consumed_samples
     if seen != (step - begun) * batch:
         raise UserError(
             f"{folder} was trained with train.global_batch_size="

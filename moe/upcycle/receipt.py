@@ -57,8 +57,7 @@ class Receipt:
 
 def _check_form(receipt: Receipt) -> None:
     """Raise ValueError where an entry is not what a writer of ours writes."""
-    if not isinstance(receipt.steps, list) or not all("recipe" in step for step in receipt.steps):
-        raise ValueError("steps is not a list of conversions")
+    check_steps(receipt.steps)
     for kind, keys in (("files", {"xxh3", "bytes"}), ("tensors", {"xxh3", "dtype", "shape"})):
         entries = getattr(receipt, kind)
         if not isinstance(entries, dict):
@@ -66,6 +65,14 @@ def _check_form(receipt: Receipt) -> None:
         for name, entry in entries.items():
             if not isinstance(entry, dict) or not keys <= entry.keys():
                 raise ValueError(f"{kind} lacks {sorted(keys)} of {name}")
+
+
+def check_steps(steps: Any) -> None:
+    """Raise ValueError where a history is no list of conversions."""
+    for step in steps if isinstance(steps, list) else [steps]:
+        named = isinstance(step, dict) and isinstance(step.get("recipe"), str)
+        if not named or not isinstance(step.get("options", {}), dict):
+            raise ValueError("steps is not a list of conversions")
 
 
 def versions() -> dict[str, str]:

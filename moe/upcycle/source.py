@@ -30,9 +30,19 @@ LARGEST = 2**24  # of any size; the largest vocabularies and contexts have some 
 MOST_LAYERS = 10_000
 NO_SIZES = ("theta", "base", "position_embeddings")  # which may well be larger
 INDEX = "model.safetensors.index.json"
+PICKLED = (
+    "file of safetensors: pickled weights can run code when loaded. Only safetensors and GGUF are "
+    "read: convert it where you trust it, with save_pretrained."
+)
+ADAPTER = "adapter_config.json"
 JOURNAL = "journal.json"  # of a folder under construction
 PARTIAL = ".partial"  # ends its name
 PICKLES = (".bin", ".pt", ".pth", ".ckpt", ".pkl")
+# what transformers may compute with: any other name is code that it would fetch from the hub
+IMPLEMENTATIONS = {
+    "attn_implementation": ("eager", "sdpa", "flash_attention_2", "flash_attention_3"),
+    "experts_implementation": ("eager", "grouped_mm", "batched_mm", "moe"),
+}
 
 DTYPES = {
     "F64": torch.float64,
@@ -144,7 +154,8 @@ def read_config(folder: Path) -> PreTrainedConfig:
         raise UserError(f"{folder} {what}. Give a model folder; a GGUF file or hub id needs "
                         "`moe import` first.")  # fmt: skip
     _check_links(folder)
-    _check_sizes(folder / "config.json")
+    _check_written(folder)
+    _check_fields(folder / "config.json")
     try:
         return AutoConfig.from_pretrained(folder, trust_remote_code=False)
     except UserError:
@@ -174,13 +185,27 @@ def _check_links(folder: Path) -> None:
         )
 
 
-def _check_sizes(path: Path) -> None:
-    """Raise UserError naming every size that is none: transformers divides by them."""
+def _check_written(folder: Path) -> None:
+    """Raise Corrupt where config or tokenizer of a training checkpoint are not as it wrote them."""
+    from moe.checkpoint import damage, manifest  # which need this module
+
+    if manifest.is_complete(folder) and (found := damage.check_side_files(folder)):
+        raise Corrupt("\n".join(map(str, found)))
+
+
+def _check_fields(path: Path) -> None:
+    """Raise UserError naming what transformers would stumble over, or do harm by."""
     try:
         fields = read_json(path)
     except ValueError:
         return  # what is wrong with it is said by who reads it all
     fields = fields if isinstance(fields, dict) else {}
+    _check_sizes(path, fields)
+    _check_code(path, fields)
+
+
+def _check_sizes(path: Path, fields: dict[str, Any]) -> None:
+    """Raise UserError naming every size that is none: transformers divides by them."""
     wrong = [
         f"{name}={fields[name]!r:.40}"
         for name in SIZES
@@ -191,19 +216,38 @@ def _check_sizes(path: Path) -> None:
         raise UserError(f"{path}: {', '.join(wrong)}: sizes are positive whole numbers.")
     layers = fields.get("num_hidden_layers") or 0
     wrong = [f"num_hidden_layers={layers} exceeds {MOST_LAYERS}"] if layers > MOST_LAYERS else []
-    wrong += [f"{name}={n!r:.40} exceeds {LARGEST}" for name, n in _numbers(fields) if n > LARGEST]
+    wrong += [
+        f"{name}={n!r:.40} exceeds {LARGEST}"
+        for name, n in _entries(fields)
+        if type(n) is int and n > LARGEST and not name.endswith(NO_SIZES)
+    ]
     if wrong:  # they would be allocated, or gone through, before anything else is looked at
         raise UserError(f"{path}: {', '.join(wrong[:3])}: no model is that large.")
 
 
-def _numbers(fields: Any) -> Iterator[tuple[str, int]]:
-    """Every whole number of a config that may be a size, whatever it is called, with its name."""
+def _check_code(path: Path, fields: dict[str, Any]) -> None:
+    """Raise UserError where a config has transformers fetch kernels, or read other weights."""
+    for name, value in _entries(fields):
+        if name == "transformers_weights" and value is not None:
+            raise UserError(
+                f"{path}: {name}={value!r:.60}: weights are read from model.safetensors or {INDEX} "
+                "alone. Give the file that name, and remove the key."
+            )
+        for key, known in IMPLEMENTATIONS.items():
+            if key in name and value is not None and value not in known:
+                raise UserError(
+                    f"{path}: {name}={value!r:.60} is none of {', '.join(known)}, and could be "
+                    "code to be fetched. Remove the key."
+                )
+
+
+def _entries(fields: Any) -> Iterator[tuple[str, Any]]:
+    """Every value of a config, however deep, by the nearest name."""
     waiting = [("", fields)]
     while waiting:
         name, value = waiting.pop()
-        if type(value) is int and not name.endswith(NO_SIZES):
-            yield name, value
-        elif isinstance(value, dict):
+        yield name, value
+        if isinstance(value, dict):
             waiting += value.items()
         elif isinstance(value, list):
             waiting += ((name, v) for v in value)
@@ -237,6 +281,11 @@ class Source:
 
 def weight_files(folder: Path) -> list[Path]:
     """The safetensors files of a model folder, by index where there is one."""
+    if (folder / ADAPTER).is_file():
+        raise UserError(
+            f"{folder} has an adapter ({ADAPTER}), which is not read. Merge it into the model, and "
+            "save that with save_pretrained."
+        )
     if (folder / INDEX).is_file():
         try:
             names = sorted(set(read_json(folder / INDEX)["weight_map"].values()), key=str)
@@ -244,6 +293,8 @@ def weight_files(folder: Path) -> list[Path]:
             raise Corrupt(f"{folder / INDEX}: not an index of weights ({error}).") from error
         if outside := [n for n in names if not _plain_name(n)]:
             raise Corrupt(f"{folder / INDEX}: {outside[0]!r:.80} lies outside the folder.")
+        if others := [n for n in names if not n.endswith(".safetensors")]:
+            raise UserError(f"{folder / INDEX} names {others[0]!r:.80}, which is no {PICKLED}")
         if missing := [n for n in names if not (folder / n).is_file()]:
             raise UserError(
                 f"{folder}: {len(missing)} of {len(names)} shards are missing: "
@@ -264,10 +315,7 @@ def weight_files(folder: Path) -> list[Path]:
         )
     pickles = [p.name for p in sorted(folder.iterdir()) if p.suffix in PICKLES]
     if pickles:
-        raise UserError(
-            f"{folder} holds pickled weights ({pickles[0]}), which can run code when loaded. Only "
-            "safetensors and GGUF are read: convert it where you trust it, with save_pretrained."
-        )
+        raise UserError(f"{folder} holds {pickles[0]}, which is no {PICKLED}")
     raise UserError(f"{folder} holds no weights: expected model.safetensors or {INDEX}.")
 
 

@@ -23,6 +23,16 @@ def load_tokenizer(folder: Path) -> Any:
     return AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
 
 
+def refusal(folder: Path | str, error: Exception, otherwise: str) -> str:
+    """What to say where transformers cannot load a tokenizer: that it is code, or `otherwise`."""
+    if "trust_remote_code" not in str(error):
+        return otherwise
+    return (
+        f"the tokenizer of {folder} is code of its own (auto_map in {NAME}), which is never run. "
+        "Where you trust it, load it with transformers and save it as a tokenizer.json here."
+    )
+
+
 def has_tokenizer(folder: Path) -> bool:
     return any(folder.glob("tokenizer*")) or (folder / "vocab.json").is_file()
 

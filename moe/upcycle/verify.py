@@ -22,7 +22,7 @@ from moe.model import LayerRouting, RoutedLlamaForCausalLM
 from moe.model.cache import CACHE
 from moe.model.spec import MoHAttention
 from moe.progress import Progress, quiet_libraries
-from moe.upcycle.tokenizer import load_tokenizer
+from moe.upcycle.tokenizer import load_tokenizer, refusal
 
 WINDOWS = 8
 WINDOW = 256
@@ -80,8 +80,9 @@ def load(folder: Path) -> PreTrainedModel:
     model: PreTrainedModel
     info: dict[str, Any]
     model, info = AutoModelForCausalLM.from_pretrained(  # type: ignore[misc]
-        folder, dtype=torch.float32, output_loading_info=True, trust_remote_code=False
-    )
+        folder, dtype=torch.float32, output_loading_info=True, trust_remote_code=False,
+        use_safetensors=True,
+    )  # fmt: skip
     for kind in ("missing_keys", "unexpected_keys", "mismatched_keys"):
         if info[kind]:
             raise UserError(
@@ -97,9 +98,10 @@ def windows(folder: Path, text: Path | None, vocab_size: int) -> tuple[Tensor, s
         tokenizer = load_tokenizer(folder)
     except Exception as error:  # transformers raises what it likes over a bad tokenizer
         reason = str(error).strip().split("\n")[0].rstrip(".:")
-        raise UserError(
+        missing = (
             f"{folder} has no tokenizer to verify with ({reason}). Add its files, or --no-verify."
-        ) from error
+        )
+        raise UserError(refusal(folder, error, missing)) from error
     ids = tokenizer(content[: 16 * WINDOWS * WINDOW], add_special_tokens=False)["input_ids"]
     length = min(WINDOW, len(ids) // WINDOWS)
     if length < 16:

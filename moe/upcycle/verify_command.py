@@ -75,9 +75,13 @@ def run(
     as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object.")] = False,
 ) -> None:
     """Check hashes, shapes and finiteness. Exit 3 where something is damaged."""
+    from moe.checkpoint.store import FOLDER
+
     if not path.is_dir():
         raise UserError(f"{path} is not a folder.")
     require_finished(path)
+    if path.resolve().name == FOLDER and list(path.glob("step-*")):
+        raise UserError(f"{path} holds checkpoints: give one of them, or the run: {path.parent}.")
     of_run = _run_of(path)
     if of_run is not None or (path / "manifest.json").is_file():
         found, against = _check_checkpoints(path, of_run)

@@ -10,6 +10,7 @@ import xxhash
 from torch import Tensor
 
 from moe.checkpoint import manifest, store
+from moe.checkpoint.progress import Judged
 from moe.engines.base import Entry
 
 
@@ -46,8 +47,23 @@ def side_files(folder: Path) -> None:
 
 
 def save(out: Path, step: int, entries: Iterable[Entry] | None = None) -> Path:
-    progress = {"step": step, "float": 0.1}
-    return store.save(out, step, entries or state(step), progress, 0, alone, side_files)
+    return store.save(out, step, entries or state(step), progress(step), 0, alone, side_files)
+
+
+def progress(step: int) -> store.Progress:
+    """Of a run that has skipped steps and knows its loads."""
+    return store.Progress(
+        step=step,
+        consumed_samples=8 * step,
+        updates=max(0, step - 1),
+        config={"data": {"sequence_length": 32}, "train": {"lr": 0.1}},
+        origin=[{"recipe": "copy", "options": {"seed": 0}}],
+        versions={"moe": "0"},
+        reference=[[[0.1, 0.9], None], [None, [0.5, 0.25, 0.25]]],
+        guard=Judged(skipped=1, clean=[[3.0, 0.1], [2.5, 0.3]], row=[[step, 0, 8]]),
+        unvalidated=True,
+        ranks=1,
+    )
 
 
 def blank(entries: list[Entry]) -> list[Entry]:

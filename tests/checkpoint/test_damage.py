@@ -11,7 +11,7 @@ import pytest
 import torch
 from injection import as_rank, fork, free_port
 from invoke import moe
-from stored import blank, differing, edited, load, save, side_files, state
+from stored import blank, differing, edited, load, progress, save, side_files, state
 from torch.distributed.tensor import Shard, distribute_tensor
 
 from moe.checkpoint import damage, manifest, store
@@ -45,8 +45,7 @@ def save_on(ranks: int, out: Path, step: int = 1) -> Path:
                 else e
                 for e in state()
             ]
-            progress = {"step": step}
-            store.save(out, step, entries, progress, rank, here.gather, side_files)
+            store.save(out, step, entries, progress(step), rank, here.gather, side_files)
 
     statuses = fork([lambda rank=rank: one(rank) for rank in range(ranks)])
     assert statuses == [0] * ranks
@@ -182,6 +181,11 @@ def test_stale_latest_is_told(run) -> None:
     code, _, err = moe("verify", run)
     assert code == 3 and "names 'step-9', which is no checkpoint; the newest is step-2" in err
     assert store.latest(run).name == "step-2"
+
+
+def test_the_folder_of_checkpoints_points_to_its_run(run) -> None:
+    code, _, err = moe("verify", run / store.FOLDER)
+    assert code == 2 and f"give one of them, or the run: {run}." in err
 
 
 def test_sound_run_and_checkpoint_are_said_to_be(run) -> None:

@@ -7,12 +7,11 @@ import subprocess
 import threading
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
 from injection import Call, as_rank, fail_after, fork, free_port, inject
-from stored import alone, blank, differing, load, side_files, state
+from stored import alone, blank, differing, load, progress, side_files, state
 from torch.distributed.tensor import Shard, distribute_tensor
 
 from moe.checkpoint import pieces, store
@@ -21,7 +20,7 @@ from moe.engines.base import Entry
 from moe.errors import UserError
 from moe.parallel.world import world
 
-NONE: dict[str, Any] = {"step": 0}
+NONE = progress(0)
 
 
 def names(out: Path) -> list[str]:
@@ -122,7 +121,7 @@ def three_saves(out: Path, rank: int, port: str, faulty: int, act: Callable, las
         for step in (1, 2, 3) if not last else (1, 2):
             fault = act if (rank, step) == (faulty, 2) else lambda call: None
             with inject(out, fault):
-                saver.save(step, entries, {"step": step}, side_files)
+                saver.save(step, entries, progress(step), side_files)
                 busy = not last
                 while busy:  # training steps, each with its sum
                     flags = [0.0, saver.trouble, float(saver._thread.is_alive())]

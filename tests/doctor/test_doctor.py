@@ -14,6 +14,7 @@ import pytest
 import toy_run
 
 from moe.doctor import machine, training
+from moe.errors import UserError
 
 pytestmark = pytest.mark.slow
 OUT_OF_ORDER = {"GLOO_SOCKET_IFNAME": "none0", "MOE_KERNELS": "triton",
@@ -73,6 +74,26 @@ def test_what_is_out_of_order_is_found_with_advice(toys, tmp_path):
     assert "none0" in found["ranks"]["advice"]
     problems = found["configuration"]["advice"]
     assert "parallel.expert=2 does not divide the 3 ranks" in problems and "none.json" in problems
+
+
+def test_a_checkpoint_is_as_good_a_model_as_a_folder(toys, tmp_path):
+    toy_run.run(toys.config(tmp_path / "first", "train.steps=1"))
+    step = tmp_path / "first/checkpoints/step-1"
+    config = toys.config(tmp_path / "run", f"model={step}")
+    assert [f.verdict for f in training.look(config)] == ["fine", "fine"]
+    (step / "manifest.json").unlink()  # negative control: neither a folder nor a checkpoint
+    finding, *_ = training.look(config)
+    assert finding.verdict == "fails" and "Restore the index" in finding.advice
+
+
+@pytest.mark.parametrize("value", ["x", "", "-1", "2.5"])
+def test_a_number_of_ranks_that_is_none_is_told(toys, tmp_path, monkeypatch, value):
+    config = toys.config(tmp_path / "run", "train.steps=1")
+    monkeypatch.setenv("WORLD_SIZE", value)
+    (finding,) = training.look(config)
+    assert finding.verdict == "fails" and f"WORLD_SIZE={value!r} is no whole" in finding.advice
+    with pytest.raises(UserError, match="is no whole number: torchrun sets it"):
+        toy_run.run(config)
 
 
 def test_a_wrong_configuration_does_not_keep_the_machine_from_being_looked_at(toys, tmp_path):

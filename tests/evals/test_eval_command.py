@@ -195,7 +195,9 @@ def save(folder: Path, out: Path) -> Path:
     """The weights of a model folder as a training checkpoint of one rank."""
     model = AutoModelForCausalLM.from_pretrained(folder)
     entries = [Entry(n, "parameter", p.detach()) for n, p in model.named_parameters()]
-    progress = {"step": 3, "consumed_samples": 24}
+    progress = store.Progress(
+        step=3, consumed_samples=24, updates=3, config={"data": {}}, reference=None
+    )
 
     def side_files(target: Path) -> None:
         copy_side_files(folder, target)

@@ -12,7 +12,10 @@ from transformers import AutoModelForCausalLM
 from moe.checkpoint import store
 from moe.engines.base import Entry
 
-PROGRESS = {"step": 7, "consumed_samples": 56, "config": {"seed": 3}, "origin": [{"recipe": "moh"}]}
+PROGRESS = store.Progress(
+    step=7, consumed_samples=56, updates=7, config={"seed": 3, "data": {}}, reference=None,
+    origin=[{"recipe": "moh"}],
+)  # fmt: skip
 MOE_BIASED = {**MOE, "score": "sigmoid", "selection_bias": True}
 
 

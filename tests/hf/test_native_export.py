@@ -153,7 +153,10 @@ def test_config_and_files_beside_the_weights_are_kept(tmp_path):
 def test_a_training_checkpoint_is_exported_like_its_model(tmp_path):
     model = tiny.routed_model(tiny.dense_model(), None, MOE)
     entries = [Entry(name, "parameter", tensor) for name, tensor in model.state_dict().items()]
-    progress = {"step": 7, "consumed_samples": 56, "config": {}, "origin": [{"recipe": "copy"}]}
+    progress = store.Progress(
+        step=7, consumed_samples=56, updates=7, config={"data": {}}, reference=None,
+        origin=[{"recipe": "copy"}],
+    )  # fmt: skip
     folder = store.save(
         tmp_path, 7, entries, progress, 0, lambda value: [value], model.config.save_pretrained
     )

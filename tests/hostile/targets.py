@@ -12,6 +12,7 @@ import mutate
 import numpy as np
 import tiny
 import toy_gguf
+import xxhash
 import yaml
 
 from moe import config
@@ -52,11 +53,15 @@ TUNING = {
     "method": {}, "created_from": XXH3,
 }  # fmt: skip
 MANIFEST = {
-    "format": 1, "files": {"rank-0.safetensors": {"xxh3": XXH3, "bytes": 3}},
-    "progress": {"step": 1, "consumed_samples": 8},
+    "format": 2, "files": {"rank-0.safetensors": {"xxh3": XXH3, "bytes": 32, "header": 8}},
+    "progress": {
+        "step": 2, "consumed_samples": 16, "updates": 1, "config": {"data": {}}, "data_step": 0,
+        "reference": [[[0.5, 0.5], None]], "origin": [{"recipe": "moh", "options": {}}],
+        "guard": {"skipped": 1, "clean": [[1.0, 2.0]], "row": [[2, 8, 16]]}, "ranks": 1,
+    },
     "tensors": {"parameter/a": {"kind": "parameter", "dtype": "float32", "shape": [2, 3],
-        "pieces": [{"file": "rank-0.safetensors", "key": "parameter/a", "offset": [0, 0],
-                    "shape": [2, 3]}]}},
+        "pieces": [{"file": "rank-0.safetensors", "offset": [0, 0], "shape": [2, 3], "start": 8,
+                    "xxh3": XXH3}]}},
 }  # fmt: skip
 INDEX = {
     "metadata": {"total_size": 40},
@@ -147,6 +152,14 @@ def draw_header(chance: random.Random) -> bytes:
     if kind < 0.3:
         return mutate.scramble(safetensors(text), chance)
     return safetensors(text, body=chance.choice((0, 8, 40, 40, 40, 4096)))
+
+
+def draw_manifest(chance: random.Random) -> bytes:
+    """Mostly with a seal that fits."""
+    text = json_of(MANIFEST)(chance)
+    if chance.random() < 0.1:
+        return text
+    return f'{{"xxh3": "{xxhash.xxh3_128_hexdigest(text[1:])}", '.encode() + text[1:]
 
 
 def trace_file(arrays: dict[str, Any]) -> bytes:
@@ -269,7 +282,7 @@ TARGETS = {
                       "receipt.json", prepare_model),
     "tuning": Target(json_of(TUNING), Tuning.read, "tuning.json"),
     "trace": Target(draw_trace, Trace.read, "trace.npz"),
-    "manifest": Target(json_of(MANIFEST), lambda p: Manifest.read(p.parent), "manifest.json"),
+    "manifest": Target(draw_manifest, lambda p: Manifest.read(p.parent), "manifest.json"),
     "index": Target(json_of(INDEX), read_weights, "model.safetensors.index.json", prepare_shards),
     "data": Target(json_of(DATA), lambda p: read_manifest(p.with_suffix("")), "data.json"),
     "overlay": Target(json_of(OVERLAY), deepspeed_json.read),

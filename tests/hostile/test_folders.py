@@ -9,13 +9,17 @@ import sys
 from pathlib import Path
 
 import pytest
+import targets
 import tiny
 import torch
 import toy_run
 import yaml
 from safetensors.torch import load_file
 
+from moe.data import tokenise
 from moe.errors import UserError
+from moe.hf import gates, loading
+from moe.upcycle import verify
 from moe.upcycle.source import Source, read_config
 from moe.upcycle.writer import copy_side_files
 
@@ -55,6 +59,7 @@ def moe(*commands: list, cwd: Path) -> list[tuple[int, str]]:
         [sys.executable, "-c", RUNNER, arguments],
         env={**os.environ, "HF_MODULES_CACHE": str(cwd / "modules"), "PYTHONWARNINGS": "ignore"},
         cwd=cwd, capture_output=True, text=True, timeout=300, check=False,
+        stdin=subprocess.DEVNULL,
         preexec_fn=lambda: resource.setrlimit(resource.RLIMIT_AS, (LIMIT, LIMIT)),
     )  # fmt: skip
     assert done.returncode == 0, done.stderr[-3000:]
@@ -74,6 +79,49 @@ def dense(tmp_path) -> Path:
     return folder
 
 
+@pytest.fixture
+def mixture(tmp_path) -> Path:
+    folder = tmp_path / "mixture"
+    tiny.routed_model(tiny.dense_model("llama"), None, tiny.MOE).save_pretrained(folder)
+    tiny.tokenizer().save_pretrained(folder)
+    return folder
+
+
+def uses(model: Path, place: Path) -> list[list]:
+    """The commands that load a model to use it."""
+    sizes = [[layer, "mlp", 4, 2] for layer in range(3)]
+    tuning = {**targets.TUNING, "shape": sizes}
+    (place / "tuning.json").write_text(json.dumps(tuning))
+    lines = [json.dumps({"prompt": p * 9, "label": p}) for p in "abcdefgh"]
+    (place / "prompts.jsonl").write_text("\n".join(lines))
+    tuned = ["--tuning", "tuning.json", "--other-model"]
+    prompts = ["--prompts", "prompts.jsonl"]
+    return [
+        ["generate", model, "--prompt", "a", "--max-new-tokens", 2],
+        ["eval", model, "--tasks", "local_perplexity", "--data", ".", "--out", "evaluated"],
+        ["tune", "record", model, *prompts, "--out", "trace.npz"],
+        [
+            "tune",
+            "control",
+            model,
+            *tuned,
+            *prompts,
+            "--out",
+            "controlled",
+            "--measure",
+            "loss",
+            "--labels",
+            "field:label",
+            "--target",
+            "a",
+            "--seeds",
+            2,
+        ],
+        ["tune", "export", model, *tuned, "--out", "tuned", "--no-verify"],
+        ["tune", "chat", model, *tuned],
+    ]
+
+
 def plant(folder: Path, mark: Path) -> None:
     """Code beside the weights, and a config and a tokenizer config that name it."""
     (folder / "evil.py").write_text(EVIL.format(mark=str(mark)))
@@ -85,12 +133,13 @@ def plant(folder: Path, mark: Path) -> None:
 
 
 @pytest.mark.parametrize("own_type", [False, True], ids=["known type", "own type"])
-def test_a_models_own_code_never_runs(dense, toys, tmp_path, own_type):
+def test_a_models_own_code_never_runs(dense, mixture, toys, tmp_path, own_type):
     mark = tmp_path / "it ran"
-    plant(dense, mark)
-    if own_type:
-        fields = json.loads((dense / "config.json").read_text())
-        (dense / "config.json").write_text(json.dumps({**fields, "model_type": "evil"}))
+    for folder in (dense, mixture):
+        plant(folder, mark)
+        if own_type:
+            fields = json.loads((folder / "config.json").read_text())
+            (folder / "config.json").write_text(json.dumps({**fields, "model_type": "evil"}))
     (tmp_path / "text.txt").write_text("some text to be read\n" * 40)
     run = {**toys.values(tmp_path / "run"), "model": str(dense)}
     run["train"]["steps"] = 1
@@ -105,7 +154,7 @@ def test_a_models_own_code_never_runs(dense, toys, tmp_path, own_type):
         ["plan", "run.yaml"],
         ["doctor", "run.yaml"],
         ["data", "prepare", "text.txt", "--tokenizer", dense, "--out", "data"],
-        ["eval", dense, "--tasks", "local_perplexity", "--data", ".", "--out", "evaluated"],
+        *uses(mixture, tmp_path),
     ]
     found = moe(*commands, cwd=tmp_path)
     assert not mark.exists(), "it ran"
@@ -115,6 +164,32 @@ def test_a_models_own_code_never_runs(dense, toys, tmp_path, own_type):
     else:
         assert codes["import"] == codes["inspect"] == codes["train"] == 0, codes
         assert not (tmp_path / "imported/evil.py").exists()
+
+
+def test_a_tokenizer_that_is_code_is_said_to_be(dense, tmp_path):
+    plant(dense, tmp_path / "it ran")
+    path = dense / "tokenizer_config.json"
+    fields = json.loads(path.read_text())
+    (tmp_path / "text.txt").write_text("some text to be read\n" * 40)
+    readers = [
+        lambda: loading.load_tokenizer(dense),
+        lambda: tokenise.load_tokenizer(str(dense)),
+        lambda: verify.windows(dense, None, 97),
+        lambda: gates.calibration_tokens(dense, tmp_path / "text.txt", 97),
+    ]
+    path.write_text(json.dumps({**fields, "tokenizer_class": "EvilTokenizer"}))
+    for read in readers:
+        with pytest.raises(
+            UserError, match=f"the tokenizer of {dense} is code of its own"
+        ) as error:
+            read()
+        assert "\n" not in str(error.value) and "hf.co" not in str(error.value)
+        assert "trust_remote_code" not in str(error.value)
+    path.write_text("[")
+    for read in readers:  # negative control
+        with pytest.raises(UserError, match="has no tokenizer"):
+            read()
+    assert not (tmp_path / "it ran").exists()
 
 
 def test_that_code_would_run_where_it_is_trusted(dense, tmp_path):
@@ -138,6 +213,61 @@ class Bomb:
         return Path.touch, (self.mark,)
 
 
+def test_pickles_by_another_name_are_never_loaded(mixture, tmp_path):
+    """Of an index, of a config's key, of an adapter: transformers would load each of them."""
+    mark, sound = tmp_path / "it ran", mixture / "model.safetensors"
+    said = {"index": "w.bin", "key": "adapter_model.bin", "adapter": "adapter_config.json"}
+    wrong = {name: tmp_path / name for name in said}
+    for name, folder in wrong.items():
+        shutil.copytree(mixture, folder)
+        if name != "adapter":
+            (folder / "model.safetensors").unlink()
+        torch.save({"a": Bomb(mark)}, folder / ("w.bin" if name == "index" else said["key"]))
+    index = {"metadata": {}, "weight_map": dict.fromkeys(load_file(sound), "w.bin")}
+    (wrong["index"] / "model.safetensors.index.json").write_text(json.dumps(index))
+    fields = json.loads((mixture / "config.json").read_text())
+    fields["transformers_weights"] = said["key"]
+    (wrong["key"] / "config.json").write_text(json.dumps(fields))
+    (wrong["adapter"] / "adapter_config.json").write_text(json.dumps({"peft_type": "LORA"}))
+    (tmp_path / "text").mkdir()
+    (tmp_path / "text/a.txt").write_text("some text to be read\n" * 40)
+
+    def commands(folder: Path) -> list[list]:
+        return [
+            *uses(folder, tmp_path),
+            ["verify", folder],
+            ["import", folder, "--out", "imported"],
+            ["export", folder, "--to", "hf", "--out", "exported"],
+        ]
+
+    every = [(name, c) for name, folder in wrong.items() for c in commands(folder)]
+    found = moe(*(c for _, c in every), *commands(mixture), cwd=tmp_path)
+    assert not mark.exists(), "it ran"
+    for (name, command), (code, text) in zip(every, found, strict=False):
+        assert code in (2, 3) and said[name] in text, (command, text)
+    refused = [text for code, text in found[len(every) :] if code]
+    assert not refused  # negative control
+
+
+IMPLEMENTATIONS = {
+    "attn_implementation": "somebody/kernel", "_attn_implementation": "somebody/kernel:f",
+    "_attn_implementation_internal": "nonsense", "experts_implementation": "somebody/kernel",
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("key", IMPLEMENTATIONS)
+def test_a_config_names_no_code_to_be_fetched(dense, key):
+    fields = json.loads((dense / "config.json").read_text())
+    for value in (IMPLEMENTATIONS[key], {"": IMPLEMENTATIONS[key]}):
+        for wrong in ({key: value}, {"text_config": {key: value}}):
+            (dense / "config.json").write_text(json.dumps({**fields, **wrong}))
+            with pytest.raises(UserError, match=f"{key}=.* is none of eager, ") as error:
+                read_config(dense)
+            assert "\n" not in str(error.value)
+    (dense / "config.json").write_text(json.dumps({**fields, key: "eager"}))
+    read_config(dense)  # negative control
+
+
 def test_pickles_are_never_loaded(dense, tmp_path):
     mark = tmp_path / "it ran"
     (dense / "model.safetensors").unlink()
@@ -149,6 +279,7 @@ def test_pickles_are_never_loaded(dense, tmp_path):
         ["verify", dense],
         ["export", dense, "--to", "hf", "--out", "e"],
         ["eval", dense, "--tasks", "local_perplexity", "--data", ".", "--out", "k"],
+        ["generate", dense, "--prompt", "a"],
     ]
     for code, said in moe(*commands, cwd=tmp_path):
         assert code == 2 and "ickled" in said, said

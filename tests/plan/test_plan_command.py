@@ -8,9 +8,11 @@ from unittest import mock
 
 import pytest
 import tiny
+import toy_run
 import yaml
 from invoke import moe
 
+from moe.checkpoint import pieces
 from moe.model import RoutedLlamaConfig
 from moe.plan import plan
 
@@ -40,6 +42,11 @@ def _two_worlds():
 
 
 @pytest.fixture(scope="module")
+def toys(tmp_path_factory) -> toy_run.Toys:
+    return toy_run.make(tmp_path_factory.mktemp("toys"))
+
+
+@pytest.fixture(scope="module")
 def found(settings) -> dict:
     result = moe("plan", settings, "--world", 16, "--memory", 1, "--json")
     assert result.code == 0, result.err
@@ -52,11 +59,27 @@ def test_everything_that_was_asked_for_is_there(found):
     assert (found["micro_batches"], found["tokens_per_step"]) == (2, 1024)
     for name in ("weights", "gradients", "moments", "activations", "dispatch"):
         assert found["bytes"][name]["total"] >= found["bytes"][name]["experts"] > 0, name
+    held = found["bytes"]["weights"]["total"] + found["bytes"]["moments"]["total"]
+    assert found["bytes"]["saved"] == held
     assert found["bytes"]["accumulated"] == 0  # each micro-batch's gradient is cut up at once
     assert found["fits"] and found["memory"] == 1e9
     kinds = {row["kind"] for row in found["collectives"]}
     assert kinds == {"all_gather", "reduce_scatter", "all_to_all"}
     assert [row["ranks"] for row in found["worlds"]] == [8, 16, 64]
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_the_copy_that_is_saved_is_counted_in_the_hosts_memory(toys, tmp_path, dtype):
+    config = toys.config(tmp_path / "run", f"train.dtype={dtype}")
+    with toy_run.opened(config) as (run, take):
+        take()
+        snapshot = pieces.take(run.engine.state(), 0, buffers := {})
+        held = sum(buffer.nbytes for buffer in buffers.values())
+        assert held == sum(h.block.nbytes for h in snapshot.held.values() if h.kind != "rng")
+        shape = run.model_config
+    total, _ = plan.parameter_counts(shape)
+    told = plan.saved_bytes(config, plan.footprint(config, shape, 1), total, 1)
+    assert told == pytest.approx(held, rel=0.02)
 
 
 def test_legal_meshes_and_why_others_are_not(found):

@@ -16,6 +16,7 @@ import toy_run
 from harness import run_ranks
 from torch import distributed
 
+from moe.checkpoint.progress import Judged
 from moe.config import Guard as Settings
 from moe.config import RunConfig
 from moe.errors import MoeError
@@ -261,7 +262,7 @@ def test_nothing_bad_enters_the_window() -> None:
     for step in NOISE:
         guard.judge(*step)
     again = Guard(settings)
-    again.restore(json.loads(json.dumps(guard.state())))
+    again.restore(Judged.model_validate_json(guard.state().model_dump_json()))
     assert again.state() == guard.state()
     assert again.judge(3.2, 1.1) == guard.judge(3.2, 1.1) is not None
     fresh = Guard(settings)

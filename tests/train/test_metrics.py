@@ -19,7 +19,8 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 
 from moe.errors import UserError
 from moe.model import RoutingLoad
-from moe.train.loads import LoadMeter, StepLoads, lines_until
+from moe.train.events import lines_until
+from moe.train.loads import LoadMeter, StepLoads
 from moe.train.metrics import Reporter
 
 ROOT = Path(__file__).resolve().parents[2]

@@ -14,9 +14,10 @@ import torch
 import toy_run
 
 from moe.checkpoint import folders, pieces, store
-from moe.checkpoint.manifest import Manifest
+from moe.checkpoint.manifest import NAME, Manifest
 from moe.engines.native import NativeEngine
 from moe.errors import Corrupt, UserError
+from moe.train import lock
 from moe.train.loop import Run
 from moe.upcycle.source import read_header
 
@@ -109,8 +110,21 @@ def no_updates(patch: pytest.MonkeyPatch) -> None:
     patch.setattr(NativeEngine, "updates", property(lambda self: 0, lambda self, value: None))
 
 
+@pytest.mark.parametrize("wrong", [[], [[[0.5, 0.5], None]] * 3, [[None, None]] * 2])
+def test_loads_of_another_model_are_refused(toys, straight, tmp_path, wrong) -> None:
+    out = shutil.copytree(straight, tmp_path / "run")
+    folder = max((out / "checkpoints").glob("step-*"))
+    found = Manifest.read(folder)
+    (folder / NAME).unlink()
+    found.progress = found.progress.model_copy(update={"reference": wrong})
+    found.write(folder)
+    with pytest.raises(Corrupt, match=r"the checkpoint's loads are of .*, the model has") as error:
+        toy_run.run(toys.config(out, *OPTIONS))
+    assert "\n" not in str(error.value)
+
+
 def no_reference(patch: pytest.MonkeyPatch) -> None:
-    patch.setattr("moe.train.loop.tensors", lambda plain, device: None)
+    patch.setattr("moe.train.loop.tensors", lambda *given: None)
 
 
 def other_samples(patch: pytest.MonkeyPatch) -> None:
@@ -151,7 +165,7 @@ def test_dropout_goes_on_where_the_generator_stood(toys, tmp_path) -> None:
     assert hashes(tmp_path / "stopped", 4) == expected
     shutil.rmtree(tmp_path / "stopped" / "checkpoints" / "step-4")
     with pytest.MonkeyPatch.context() as patch:  # negative control
-        patch.setattr(store.Reader, "random_state", lambda self, rank: None)
+        patch.setattr(store.Reader, "random_state", lambda *given: None)
         toy_run.run(stopped)
     assert hashes(tmp_path / "stopped", 4) != expected
 
@@ -186,7 +200,8 @@ def test_what_cannot_be_resumed_is_refused_and_changes_nothing(
 ) -> None:
     out = tmp_path / "run"
     shutil.copytree(straight, out)
-    before = {p: p.read_bytes() for p in out.rglob("*") if p.is_file() and "cache" not in p.parts}
+    files = [p for p in out.rglob("*") if p.is_file() and not {"cache", lock.FILE} & {*p.parts}]
+    before = {p: p.read_bytes() for p in files}
     with pytest.raises((UserError, Corrupt), match=message):
         toy_run.run(toys.config(out, *OPTIONS, "train.steps=6", override.format(out=out)))
     assert {p: p.read_bytes() for p in before} == before

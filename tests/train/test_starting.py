@@ -9,6 +9,7 @@ import pytest
 import torch
 import toy_run
 from injection import as_rank, free_port, fresh
+from invoke import moe
 
 from moe.checkpoint import damage, manifest, store
 from moe.data.prepare import prepare
@@ -139,9 +140,9 @@ def test_run_starts_from_the_weights_of_a_checkpoint(toys, straight, tmp_path) -
     assert found.keys() == expected.keys() and toy_run.distance(found, expected) < 1e-6
     assert toy_run.distance(found, weights_of(straight, 2)) > 1e-4, "negative control"
     progress = store.progress_of(out / "checkpoints/step-1")
-    assert (progress["step"], progress["updates"]) == (1, 1)
-    assert [s["recipe"] for s in progress["origin"]] == ["train"]
-    assert progress["origin"][0]["options"]["steps"] == 4
+    assert (progress.step, progress.updates) == (1, 1)
+    assert [s["recipe"] for s in progress.origin] == ["train"]
+    assert progress.origin[0]["options"]["steps"] == 4
     files = {p.name for p in (out / "checkpoints/step-1").iterdir()}
     assert {"config.json", "tokenizer.json", "manifest.json"} <= files
     assert not store.check(out / "checkpoints/step-1")
@@ -154,6 +155,31 @@ def test_damaged_checkpoint_is_no_start_model(toys, out, tmp_path) -> None:
     (piece,) = manifest.Manifest.read(start).tensors["parameter/model.norm.weight"].pieces
     flip(start / piece.file, piece.start)
     with pytest.raises(Corrupt, match=r"not the bytes that were written: parameter/model\.norm"):
+        toy_run.run(toys.config(tmp_path / "new", f"model={start}"))
+
+
+@pytest.mark.parametrize("name", ["config.json", "tokenizer.json"])
+def test_damage_of_config_or_tokenizer_is_found_by_all_that_read_them(
+    toys, out, tmp_path, name
+) -> None:
+    start = out / "checkpoints/step-4"
+    commands = [
+        ("inspect", start),
+        ("generate", start, "--prompt", "a", "--max-new-tokens", 1),
+        ("export", start, "--to", "hf", "--out", tmp_path / "exported"),
+    ]
+    assert [moe(*command).code for command in commands] == [0] * 3  # negative control
+    shutil.rmtree(tmp_path / "exported")
+    text = (start / name).read_text()
+    changed = text.replace('"rms_norm_eps": 1e-06', '"rms_norm_eps": 1e-02').replace(
+        '"a": 13', '"a": 12'
+    )
+    assert changed != text
+    (start / name).write_text(changed)
+    for command in commands:
+        code, _, said = moe(*command)
+        assert code == 3 and f"step-4/{name}: " in said, (command, said)
+    with pytest.raises(Corrupt, match=f"step-4/{name}: not the bytes"):
         toy_run.run(toys.config(tmp_path / "new", f"model={start}"))
 
 
@@ -195,7 +221,7 @@ def test_other_data_begin_with_their_first_sample(toys, out, tmp_path, other_dat
     assert begun == 0 and "with the first sample of its data (data.restart)" in printed
     assert len(seen) == 8 and all(map(torch.equal, seen, first))
     kept = store.progress_of(out / "checkpoints/step-8")
-    assert (kept["consumed_samples"], kept["data_step"], kept["updates"]) == (16, 6, 8)
+    assert (kept.consumed_samples, kept.data_step, kept.updates) == (16, 6, 8)
     shutil.rmtree(out / "checkpoints/step-8")
     _, _, begun = samples(toys.config(out, *restart))
     assert begun == 0, "killed before its first save, it begins again"
