@@ -7,7 +7,9 @@ to know nothing of ranks (lm.rank is 0 on each), and the batches are the same on
 They are a task's own: what is evaluated beside it changes nothing.
 """
 
+import contextlib
 import json
+import math
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
@@ -16,11 +18,11 @@ from typing import Any
 import torch
 from lm_eval.api.instance import Instance
 from lm_eval.models.huggingface import HFLM
-from lm_eval.utils import get_rolling_token_windows, make_disjoint_window
 
 from moe.errors import UserError
 from moe.evals.answers import Answers, digest
 from moe.evals.fitting import fitting
+from moe.evals.perplexity import FORWARD_TOKENS, sizes, windows_of
 from moe.evals.rounds import Batch, Rounds
 from moe.evals.spread import spread_experts
 from moe.hf.loading import load_model, load_tokenizer
@@ -39,6 +41,8 @@ class BatchedLM(HFLM):
     """The harness's own Hugging Face model, a batch at a time and shared out among ranks."""
 
     rounds: Rounds
+    softmax_dtype: torch.dtype | None  # the harness's own, as the next
+    logits_cache: bool
     most: int | None  # sequences a batch; None: as many as fit
 
     def share_out(self, rounds: Rounds, batch_size: int | str) -> None:
@@ -57,6 +61,12 @@ class BatchedLM(HFLM):
         self, requests: list[Instance], disable_tqdm: bool = False
     ) -> list[float]:
         return self._by_task(requests, self._rolling)
+
+    def sliding_windows(
+        self, requests: list[Instance], disable_tqdm: bool = False
+    ) -> list[tuple[float, int]]:
+        """Log-likelihood in nats and number of tokens of each request's (text, window, stride)."""
+        return self._by_task(requests, self._sliding)
 
     def generate_until(self, requests: list[Instance], disable_tqdm: bool = False) -> list[str]:
         return self._by_task(requests, self._generated)
@@ -90,13 +100,13 @@ class BatchedLM(HFLM):
         batches = []
         for start in range(0, len(groups), most):
             places = [place for own, _, _ in groups[start : start + most] for place in own]
-            batches.append(self._scored([requests[i] for i in places], places))
+            batches.append(self._scored("likelihood", requests, places))
         found = self._answer(batches, lambda b: self._scores([requests[i] for i in b.places]))
         return [(value, greedy) for value, greedy in (found[i] for i in range(len(requests)))]
 
-    def _scored(self, requests: list[Scored], places: Sequence[int]) -> Batch:
-        tokens = [[before, after] for _, before, after in requests]
-        return Batch(digest(["likelihood", self.max_length, tokens]), places)
+    def _scored(self, kind: str, requests: list[Scored], places: Sequence[int]) -> Batch:
+        tokens = [requests[place][1:] for place in places]
+        return Batch(digest([kind, self.max_length, tokens]), places)
 
     def _scores(self, requests: list[Scored]) -> list[tuple[float, bool]]:
         """Of one batch, in one forward pass."""
@@ -107,28 +117,55 @@ class BatchedLM(HFLM):
 
     def _rolling(self, requests: list[Instance], _: bool) -> list[float]:
         """Log-likelihood of whole texts, in windows as long as the model takes."""
-        windows: list[Scored] = []
-        owners = []
-        for owner, request in enumerate(requests):
-            cut = get_rolling_token_windows(
-                token_list=self.tok_encode(request.args[0]),
-                prefix_token=self.prefix_token_id,
-                max_seq_len=self.max_length,
-                context_len=1,
-            )
-            for before, after in map(make_disjoint_window, cut):
-                windows.append((None, before, after))
-                owners.append(owner)
-        most = self._most([len(before) + len(after) for _, before, after in windows])
-        batches = []
-        for start in range(0, len(windows), most):
-            own = windows[start : start + most]
-            batches.append(self._scored(own, range(start, start + len(own))))
+        length = self.max_length
+        texts = [self._cut(request.args[0], length, length) for request in requests]
+        lengths = [len(before) + len(after) for text in texts for _, before, after in text]
+        found = self._of_windows("likelihood", texts, range(len(lengths)), self._most(lengths))
+        return [sum(values) for values in found]
+
+    def _sliding(self, requests: list[Instance], _: bool) -> list[tuple[float, int]]:
+        """In windows that overlap, the longest first, in float32 whatever the model's dtype."""
+        texts = []
+        for text, window, stride in (request.args for request in requests):
+            texts.append(self._cut(text, *sizes(self.max_length, window, stride)))
+        lengths = [len(before) + len(after) for text in texts for _, before, after in text]
+        order = sorted(range(len(lengths)), key=lambda i: -lengths[i])
+        most = self._most(lengths)
+        if most == self.most:  # a number that was named knows nothing of lengths
+            most = min(most, max(1, most * FORWARD_TOKENS // max(lengths, default=1)))
+        with self._exactly():
+            found = self._of_windows("sliding", texts, order, most)
+        counts = [sum(len(after) for _, _, after in text) for text in texts]
+        return [(math.fsum(values), n) for values, n in zip(found, counts, strict=True)]
+
+    def _cut(self, text: str, window: int, stride: int) -> list[Scored]:
+        tokens = self.tok_encode(text)
+        return [(None, *w) for w in windows_of(tokens, self.prefix_token_id, window, stride)]
+
+    def _of_windows(
+        self, kind: str, texts: list[list[Scored]], order: Sequence[int], most: int
+    ) -> list[list[float]]:
+        """Of every text, the log-likelihoods of its windows; `order` is that of all in batches."""
+        windows = [window for text in texts for window in text]
+        batches = [
+            self._scored(kind, windows, order[start : start + most])
+            for start in range(0, len(order), most)
+        ]
         found = self._answer(batches, lambda b: self._scores([windows[i] for i in b.places]))
-        totals = [0.0] * len(requests)
-        for place, owner in enumerate(owners):
-            totals[owner] += found[place][0]
-        return totals
+        values = iter(found[place][0] for place in range(len(windows)))
+        return [[next(values) for _ in text] for text in texts]
+
+    @contextlib.contextmanager
+    def _exactly(self) -> Iterator[None]:
+        """Likelihoods in float32, and each window's own: of windows that differ only in where their
+        prediction begins, the harness would read all at the places of the longest.
+        """
+        before = self.softmax_dtype, self.logits_cache
+        self.softmax_dtype, self.logits_cache = torch.float32, False
+        try:
+            yield
+        finally:
+            self.softmax_dtype, self.logits_cache = before
 
     def _generated(self, requests: list[Instance], _: bool) -> list[str]:
         """What the model says to each context."""

@@ -23,6 +23,7 @@ if TYPE_CHECKING:
 app = typer.Typer(add_completion=False)
 ANSWERS = "answers"  # in the folder of the results, until there are some
 RESULTS = "results.json"
+AGAIN = "start the same command again, and it goes on from what has been answered"
 
 
 @dataclass(frozen=True, slots=True)
@@ -36,6 +37,8 @@ class Request:
     include_path: Path | None
     data: Path | None
     limit: int | None
+    window: int | None
+    stride: int | None
     batch_size: str
     tuning: Path | None
     scale: float | None
@@ -50,6 +53,11 @@ class Request:
     def answers(self) -> Path:
         return self.cache or self.out / ANSWERS
 
+    @property
+    def windows(self) -> dict[str, int]:
+        chosen = {"window": self.window, "stride": self.stride}
+        return {key: value for key, value in chosen.items() if value is not None}
+
 
 @app.command()
 def run(
@@ -62,6 +70,12 @@ def run(
     include_path: Annotated[Path | None, typer.Option(help="Folder of more task files.")] = None,
     data: Annotated[Path | None, typer.Option(help="Folder that local_… tasks read.")] = None,
     limit: Annotated[int | None, typer.Option(min=1, help="Items per task.")] = None,
+    window: Annotated[
+        int | None, typer.Option(min=1, help="Tokens per window of local_perplexity.")
+    ] = None,
+    stride: Annotated[
+        int | None, typer.Option(min=1, help="Tokens from one window to the next.")
+    ] = None,
     batch_size: Annotated[
         str, typer.Option(help="Sequences per forward pass; auto: what free memory allows.")
     ] = "8",
@@ -96,11 +110,11 @@ def run(
 
     names = [name.strip() for name in (tasks or "").split(",") if name.strip()]
     request = Request(
-        [model, *(baseline or [])], out, names, suite, include_path, data, limit, batch_size,
-        tuning, scale, other_model, apply_chat_template, fewshot_as_multiturn,
+        [model, *(baseline or [])], out, names, suite, include_path, data, limit, window,
+        stride, batch_size, tuning, scale, other_model, apply_chat_template, fewshot_as_multiturn,
         system_instruction, cache, expert_parallel,
     )  # fmt: skip
-    with world() as ranks:
+    with world(again=AGAIN) as ranks:
         report, text = say_once(ranks, _evaluate, request, ranks)
         if ranks.rank == 0:
             typer.echo(json.dumps(report["rows"]) if as_json else text)
@@ -111,19 +125,21 @@ def _evaluate(request: Request, ranks: "Ranks") -> tuple[dict[str, Any], str]:
     """The report, written by the first rank, and what to print of it."""
     raise_all(_problems(request))
     quiet_libraries()
-    models, out, change = request.models, request.out, None
+    models, change = request.models, None
     if request.tuning is not None:
         from moe.tune.tuning import read_for
 
         change = read_for(request.tuning, models[0], request.scale, request.other_model)
     logging.getLogger("lm_eval").setLevel(logging.ERROR)
     from moe.evals import run as runner
+    from moe.evals import suites
 
+    suite = suites.read(request.suite, request.data) if request.suite else None
     names, limit, include = request.tasks, request.limit, request.include_path
-    if request.suite is not None:
-        chosen = runner.suite(request.suite)
-        names, limit = chosen["tasks"], limit or chosen.get("limit")
-        include = include or chosen["include"]
+    windows = request.windows
+    if suite is not None:
+        names, limit, include = suite.tasks, limit or suite.limit, include or suite.include
+        windows = suite.windows | windows
     how = runner.How(
         runner.Prompting(request.chat, request.multiturn is not False, request.system),
         request.batch_size, ranks, request.expert, request.answers,
@@ -131,24 +147,33 @@ def _evaluate(request: Request, ranks: "Ranks") -> tuple[dict[str, Any], str]:
     _check_answers(request, how, change)
     report = runner.evaluate(
         models, names, include, request.data, limit, how,
-        say=lambda text: typer.echo(text, err=True) if ranks.rank == 0 else None, tuning=change,
+        say=lambda text: typer.echo(text, err=True) if ranks.rank == 0 else None,
+        tuning=change, suite=suite, windows=windows,
     )  # fmt: skip
     labels = short_names(list(models), change is not None)
-    table = runner.table(report, labels)
+    everything = runner.table(report, labels)
+    table = suites.table(report["suite"], labels) if suite else everything
     if ranks.rank == 0:
-        out.mkdir(parents=True, exist_ok=True)
         limited = f", {limit} items per task" if limit else ""
-        (out / "results.md").write_text(f"# {labels[0]}{limited}\n\n{table}\n")
-        partial = out / f"{RESULTS}.partial"
-        partial.write_text(json.dumps(report, indent=1, default=str) + "\n")
-        os.replace(partial, out / RESULTS)
-        shutil.rmtree(out / ANSWERS, ignore_errors=True)
-    return report, f"{table}\n{out}/results.md"
+        more = f"\n## Every metric\n\n{everything}\n" if suite else ""
+        _write(request.out, report, f"# {labels[0]}{limited}\n\n{table}\n{more}")
+    return report, f"{table}\n{request.out}/results.md"
+
+
+def _write(out: Path, report: dict[str, Any], text: str) -> None:
+    """The results; what has been answered on the way to them is no longer needed."""
+    out.mkdir(parents=True, exist_ok=True)
+    (out / "results.md").write_text(text)
+    partial = out / f"{RESULTS}.partial"
+    partial.write_text(json.dumps(report, indent=1, default=str) + "\n")
+    os.replace(partial, out / RESULTS)
+    shutil.rmtree(out / ANSWERS, ignore_errors=True)
 
 
 def _problems(request: Request) -> list[str]:
     """All that is wrong, said now and not after the first of several evaluations."""
-    problems = problem(_check_out, request.out)
+    begun = (request.out / ANSWERS).is_dir() and not (request.out / RESULTS).exists()
+    problems = problem(_check_out, request.out, begun)
     folders = {"--include-path": request.include_path, "--data": request.data}
     for option, folder in folders.items():
         if folder is not None and not folder.is_dir():
@@ -171,8 +196,8 @@ def _problems(request: Request) -> list[str]:
     return problems
 
 
-def _check_out(out: Path) -> None:
-    if out.exists() and ((out / RESULTS).exists() or not (out / ANSWERS).is_dir()):
+def _check_out(out: Path, begun: bool = False) -> None:
+    if out.exists() and not begun:
         raise UserError(f"{out} exists. Choose another --out, or remove it.")
     parent = next(p for p in (out, *out.absolute().parents) if p.exists())
     if not (parent.is_dir() and os.access(parent, os.W_OK)):

@@ -19,10 +19,11 @@ import torch
 from jinja2 import TemplateError
 from lm_eval import evaluator
 from lm_eval.defaults import DEFAULT_OTHER_SEED, DEFAULT_RANDOM_SEED
-from lm_eval.tasks import TaskManager
 
 from moe.errors import UserError, problem, raise_all
+from moe.evals import perplexity
 from moe.evals.adapter import BatchedLM
+from moe.evals.suites import Tasks
 
 # the harness asks git for the revision of the folder we stand in, which says "fatal" in any other
 evaluator.get_git_commit_hash = lambda: None
@@ -39,16 +40,23 @@ class Prompting:
     system: str | None = None  # what the system says
 
 
-def load(names: Sequence[str], manager: TaskManager) -> Any:
-    """The tasks, with their data, as the harness holds them.
+def load(names: Sequence[str], manager: Tasks) -> Any:
+    """The tasks, with their data and the suite's shots, as the harness holds them.
 
-    Raises UserError with every task whose data is not there.
+    Raises UserError with every task whose data is not there, and what to put where.
     """
+    built: list[Any] = []
+    problems = []
+    for name in names:
+        try:
+            built += _loaded(name, manager)
+        except UserError as error:
+            problems += str(error).split("\n")
+    raise_all(problems)
     try:
-        loaded = _loaded(names, manager)
-    except UserError:
-        raise_all([line for name in names for line in problem(_loaded, [name], manager)])
-        raise
+        loaded = manager.load(built)
+    except ValueError as error:  # of tasks that are there twice
+        raise UserError(f"{', '.join(names)}: {_first_line(error)}") from error
     for task in loaded["tasks"].values():
         if task.get_config("num_fewshot") is None:
             task.set_config(key="num_fewshot", value=0)
@@ -56,29 +64,41 @@ def load(names: Sequence[str], manager: TaskManager) -> Any:
     return loaded
 
 
-def _loaded(names: Sequence[str], manager: TaskManager) -> Any:
+def _loaded(name: str, manager: Tasks) -> list[Any]:
+    """What a name stands for: a task, a group with its tasks in it, or the tasks of a tag."""
     try:
-        return manager.load(list(names))
+        loaded = manager.load([name])
     except UserError:
         raise
     except TemplateError as error:
-        raise UserError(f"a template of {', '.join(names)} fails: {error}.") from error
-    except ValueError as error:  # of tasks that are there twice, or of files that make no task
-        reason = str(error).strip().splitlines()[0]
-        raise UserError(f"{', '.join(names)} cannot be loaded: {reason}") from error
-    except (ConnectionError, OSError) as error:
-        raise UserError(_offline(error, names)) from error
+        raise UserError(f"a template of {name} fails: {error}.") from error
+    except ValueError as error:  # of files that make no task
+        raise UserError(f"{name} cannot be loaded: {_first_line(error)}") from error
+    except OSError as error:
+        raise UserError(_offline(error, name, manager)) from error
+    if manager.suite is not None:
+        for task in loaded["tasks"].values():
+            task.set_config(key="num_fewshot", value=manager.suite.shots[name])
+    inside = {child for children in loaded["group_map"].values() for child in children}
+    found = {**loaded["tasks"], **loaded["groups"]}
+    return [value for key, value in found.items() if key not in inside]
 
 
-def _offline(error: Exception, names: Sequence[str]) -> str:
+def _first_line(error: Exception) -> str:
+    return (str(error).strip() or repr(error)).splitlines()[0]
+
+
+def _offline(error: Exception, name: str, manager: Tasks) -> str:
     """Which data set is missing, and what to put where."""
-    reason = (str(error).strip() or repr(error)).splitlines()[0]
-    said = f"a data set of {', '.join(names)} could not be fetched ({reason}). Without a network "
+    reason = _first_line(error)
+    instead = manager.suite.stand_ins(name) if manager.suite is not None else []
+    said = f"the data set of {name} could not be fetched ({reason}). Without a network "
+    said += "".join(f"put {files} into the folder of --data; or " for files in instead)
     named = NAMED.search(reason)
     if named is None:
         return said + "use tasks that read local files: local_… with --data, or --include-path."
-    *owner, name = (named[1] or named[2]).split("/")
-    folder = "___".join([*owner, datasets.naming.camelcase_to_snakecase(name)])
+    *owner, last = (named[1] or named[2]).split("/")
+    folder = "___".join([*owner, datasets.naming.camelcase_to_snakecase(last)])
     return said + (
         f"run the same command once where there is one, and copy {folder} from its "
         f"~/.cache/huggingface/datasets into {datasets.config.HF_DATASETS_CACHE}; or use tasks "
@@ -98,6 +118,10 @@ def check(loaded: Any, config: Any, tokenizer: Any, prompting: Prompting, name: 
                 "(mlp.mode expert_choice or sequence): its likelihoods mean nothing. Use "
                 "token_choice or threshold."
             )
+    positions = getattr(config, "max_position_embeddings", None)
+    for task in tasks.values():
+        if task.OUTPUT_TYPE == perplexity.REQUEST and positions is not None:
+            problems += problem(perplexity.sizes, positions, *task.windows)
     said = [n for n, t in tasks.items() if t.OUTPUT_TYPE == "generate_until"]
     layers = range(config.num_hidden_layers) if hasattr(config, "mlp_spec") else ()
     modes = {getattr(config.mlp_spec(i), "mode", "") for i in layers}

@@ -18,8 +18,10 @@ from moe.errors import UserError, raise_all
 from moe.evals.adapter import BatchedLM
 from moe.evals.fitting import MOST
 from moe.evals.harness import Prompting, ask, check, load
+from moe.evals.perplexity import domain_tasks
 from moe.evals.rounds import Rounds, Stopped
-from moe.evals.run import compare, domain_tasks, find_tasks, suite
+from moe.evals.run import compare, find_tasks
+from moe.evals.suites import read
 from moe.parallel.world import Ranks
 
 Forward = Callable[..., Any]  # input_ids= to an output with logits [B, T, V]; all ranks call it
@@ -32,10 +34,11 @@ class Suite:
         self, chosen: str, data: Path | None, config: Any, tokenizer: Any, name: str
     ) -> None:
         self.tokenizer = tokenizer
-        wanted = suite(chosen)
-        self.limit = wanted.get("limit")
-        with domain_tasks(wanted["tasks"], data) as (tasks, folders):
-            self.loaded = load(tasks, find_tasks(tasks, wanted["include"], data, folders))
+        suite = read(chosen, data)
+        self.limit = suite.limit
+        with domain_tasks(suite.tasks, data, divide=False) as (tasks, folders):
+            given = tasks, suite.include, data, folders, suite, suite.windows
+            self.loaded = load(tasks, find_tasks(*given))
         check(self.loaded, config, tokenizer, Prompting(), name)
         raise_all(
             [

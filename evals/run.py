@@ -8,21 +8,19 @@ import dataclasses
 import difflib
 import math
 import platform
-import tempfile
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
-import yaml
-from lm_eval.tasks import TaskManager
-
 from moe.checkpoint import manifest
-from moe.errors import UserError
+from moe.errors import UserError, raise_all
+from moe.evals import perplexity, suites
 from moe.evals.adapter import MoeLM, alone
 from moe.evals.answers import Answers
 from moe.evals.harness import Prompting, ask, check, load
+from moe.hf.inspect import routed, sizes
 from moe.hf.loading import identity, load_tokenizer
 from moe.parallel.world import Ranks
 from moe.tune.families import sites
@@ -32,7 +30,6 @@ from moe.upcycle import receipt
 from moe.upcycle.source import hash_file, read_config
 
 ROOT = Path(__file__).parent
-DOMAIN_TASK = "local_perplexity"
 TOKENIZER = ("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json")
 
 
@@ -49,39 +46,32 @@ class How:
     cache: Path | None = None
 
 
-def suite(name: str) -> dict[str, Any]:
-    """A list of tasks with its limits: of evals/suites by its name, or a YAML file like those, with
-    its own task files beside it (`include`: their folder). Raises UserError.
-    """
-    path = Path(name) if name.endswith(".yaml") else ROOT / "suites" / f"{name}.yaml"
-    if not path.is_file():
-        known = sorted(p.stem for p in (ROOT / "suites").glob("*.yaml"))
-        raise UserError(f"suite {name}: there is none. There is {', '.join(known)}, or a file.")
-    chosen: dict[str, Any] = yaml.safe_load(path.read_text())
-    return {**chosen, "include": path.parent if name.endswith(".yaml") else None}
-
-
 def find_tasks(
-    names: Sequence[str], include: Path | None, data: Path | None, folders: Sequence[Path] = ()
-) -> TaskManager:
+    names: Sequence[str],
+    include: Path | None,
+    data: Path | None,
+    folders: Sequence[Path] = (),
+    suite: suites.Suite | None = None,
+    windows: Mapping[str, int] | None = None,
+) -> suites.Tasks:
     """The harness's tasks, ours and the user's; our own alone are found in a moment.
 
-    Raises UserError for names that do not exist, with the closest that do.
+    Raises UserError for names that do not exist, with the closest that do, and for metrics of the
+    suite that its tasks do not have.
     """
     paths: list[str | Path] = [ROOT / "tasks", *folders, *([include] if include else [])]
-    metadata: dict[str, Any] = {"data": str(data) if data else None}
-    manager = TaskManager(include_path=paths, include_defaults=False, metadata=metadata)
-    if all(name in manager.all_tasks for name in names):
-        return manager
-    manager = TaskManager(include_path=paths, metadata=metadata)
+    metadata: dict[str, Any] = {"data": str(data) if data else None, **(windows or {})}
+    manager = suites.Tasks(suite, paths, metadata, include_defaults=False)
+    if not all(name in manager.all_tasks for name in names):
+        manager = suites.Tasks(suite, paths, metadata)
     problems = []
     for name in names:
         if name not in manager.all_tasks:
             close = difflib.get_close_matches(name, manager.all_tasks, n=3)
             hint = f"Closest: {', '.join(close)}." if close else "See --include-path."
             problems.append(f"task {name!r} does not exist. {hint}")
-    if problems:
-        raise UserError("\n".join(problems))
+    raise_all(problems)
+    manager.check()
     return manager
 
 
@@ -94,16 +84,19 @@ def evaluate(
     how: How | None = None,
     say: Callable[[str], None] = print,
     tuning: Tuning | None = None,
+    suite: suites.Suite | None = None,
+    windows: Mapping[str, int] | None = None,
 ) -> dict[str, Any]:
     """Every task on every model, the first being the one that the others are held against.
 
     A tuning is the first model's alone; the same folder may follow without it.
-    Returns {"models": [identity …], "rows": [comparison …], "results": [the harness's own …]}; on
-    every rank, with errors of metrics on the first alone.
+    Returns {"models": [identity …], "rows": [comparison …], "suite": its table or None,
+    "results": [the harness's own …]}; on every rank, with the harness's errors on the first alone.
     """
     how = how or How()
-    with domain_tasks(tasks, data) as (tasks, folders):
-        loaded = load(tasks, find_tasks(tasks, include, data, folders))
+    with perplexity.domain_tasks(tasks, data, divide=suite is None) as (tasks, folders):
+        manager = find_tasks(tasks, include, data, folders, suite, windows)
+        loaded = load(tasks, manager)
         for model in models:
             given = read_config(model), load_tokenizer(model)
             check(loaded, *given, how.prompting, str(model))
@@ -111,12 +104,15 @@ def evaluate(
             _result(model, loaded, limit, how, say, None if place else tuning)
             for place, model in enumerate(models)
         ]
+        rows = compare(results)
+        found = suites.summary(suite, rows, manager) if suite else None
     return {
         "models": [identify(model) for model in models],
         "tuning": None if tuning is None else dataclasses.asdict(tuning),
         "prompting": dataclasses.asdict(how.prompting),
         "versions": versions(),
-        "rows": compare(results),
+        "rows": rows,
+        "suite": found,
         "results": [
             {key: r[key] for key in ("results", "groups", "n-samples", "n-shot") if key in r}
             for r in results
@@ -128,33 +124,6 @@ def versions() -> dict[str, str]:
     """Of all that scores depend on besides the model."""
     packages = ("lm_eval", "torch", "transformers")
     return {p: version(p) for p in packages} | {"python": platform.python_version()}
-
-
-@contextlib.contextmanager
-def domain_tasks(tasks: Sequence[str], data: Path | None) -> Iterator[tuple[list[str], list[Path]]]:
-    """The tasks, and folders to find them in too.
-
-    `local_perplexity` becomes a task per subfolder of `text/` in the data, where it has any: rows
-    per domain instead of one number for all.
-    """
-    text = data / "text" if data else None
-    inside = sorted(text.iterdir()) if text is not None and text.is_dir() else []
-    domains = [p.name for p in inside if p.is_dir()]
-    if DOMAIN_TASK not in tasks or not domains:
-        yield list(tasks), []
-        return
-    with tempfile.TemporaryDirectory() as temporary:
-        names = []
-        for domain in domains:
-            names.append(f"{DOMAIN_TASK}_{domain}")
-            fields = {
-                "include": str(ROOT / "tasks" / "perplexity.yaml"),
-                "task": names[-1],
-                "dataset_kwargs": {"domain": domain},
-            }
-            (Path(temporary) / f"{names[-1]}.yaml").write_text(yaml.safe_dump(fields))
-        place = list(tasks).index(DOMAIN_TASK)
-        yield [*tasks[:place], *names, *tasks[place + 1 :]], [Path(temporary)]
 
 
 def _result(
@@ -192,19 +161,24 @@ def depends_on(model: Path, how: How, tuning: Tuning | None) -> dict[str, Any]:
 
 
 def identify(folder: Path) -> dict[str, Any]:
-    """Which model that was: hashes of its config and of what lists the hashes of its weights."""
-    identity = {"path": str(folder)}
+    """Which model that was: hashes of its config and of what lists the hashes of its weights; and
+    its size, of an architecture that we know.
+    """
+    found: dict[str, Any] = {"path": str(folder)}
     for name in ("config.json", receipt.NAME, manifest.NAME):
         if (folder / name).is_file():
-            identity[name.removesuffix(".json")] = hash_file(folder / name)
-    return identity
+            found[name.removesuffix(".json")] = hash_file(folder / name)
+    with contextlib.suppress(UserError):
+        found |= sizes(routed(read_config(folder)))
+    return found
 
 
 def compare(results: Sequence[Any]) -> list[dict[str, Any]]:
     """One row a task and metric: each model's value and error, and each baseline's difference.
 
-    Differences are first model minus baseline. Their standard error is paired over items where
-    the metric is a mean over items, since all models answer the same ones; else it is None.
+    Differences are first model minus baseline. Their standard error is paired over items, since all
+    models answer the same ones, where the metric is a mean over items or, by bootstrap, a ratio of
+    sums over documents; else it is None. Intervals hold 95 %.
     """
     rows = []
     for task, metrics in results[0]["results"].items():
@@ -220,12 +194,32 @@ def compare(results: Sequence[Any]) -> list[dict[str, Any]]:
                 "errors": [_error(r["results"][task].get(error_key)) for r in results],
                 "differences": [],
             }
-            for baseline in results[1:]:
+            draws = perplexity.resample(results, task, name)
+            if draws is not None:
+                row["errors"] = [_error(float(d.std())) for d in draws]
+            row["intervals"] = intervals(row["values"], row["errors"], draws)
+            for i, baseline in enumerate(results[1:], start=1):
                 difference = value - baseline["results"][task][key]
                 paired = paired_error(results[0], baseline, task, name, filtered)
+                if draws is not None:
+                    paired = _error(float((draws[0] - draws[i]).std()))
                 row["differences"].append({"value": difference, "error": paired})
             rows.append(row)
     return rows
+
+
+def intervals(
+    values: Sequence[float], errors: Sequence[float | None], draws: Any
+) -> list[tuple[float, float] | None]:
+    """Each model's 95 %: of its draws, or of the normal distribution around a mean, which there is
+    none of where all items are alike.
+    """
+    if draws is not None:
+        return [perplexity.interval(d) for d in draws]
+    return [
+        None if not error else (value - 1.96 * error, value + 1.96 * error)
+        for value, error in zip(values, errors, strict=True)
+    ]
 
 
 def _error(value: Any) -> float | None:
@@ -265,13 +259,7 @@ def table(report: dict[str, Any], names: Sequence[str]) -> str:
             for d in row["differences"]
         ]
         lines.append([row["task"], row["metric"], *values, *differences])
-    widths = [max(len(line[i]) for line in lines) for i in range(len(head))]
-    text = [
-        "| " + " | ".join(c.ljust(w) for c, w in zip(line, widths, strict=True)) + " |"
-        for line in lines
-    ]
-    text.insert(1, "|" + "|".join("-" * (w + 2) for w in widths) + "|")
-    return "\n".join(text)
+    return suites.aligned(lines)
 
 
 def _number(value: float) -> str:

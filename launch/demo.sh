@@ -7,7 +7,7 @@
 #   DEMO_GGUF   a LLaMA model in a GGUF file; default SmolLM2-135M-Instruct, from a PyPI wheel
 #   DEMO_RANKS  processes to train on (2)
 #   DEMO_FILES  source files to train on (400)
-#   DEMO_LIMIT  pages of held-out text to evaluate on (8)
+#   DEMO_LIMIT  documents of held-out text to evaluate on (3)
 #   BIN         where moe and torchrun are (.venv/bin)
 # Arguments are overrides of configs/train/demo.yaml: launch/demo.sh train.steps=100
 set -euo pipefail
@@ -109,8 +109,8 @@ step tuned "$BIN/moe" export "$last" --to hf --out tuned
 
 say "7 of 8: evaluation on text that nobody was trained on"
 step evaluation "$BIN/moe" eval tuned --baseline converted --baseline dense \
-    --tasks local_perplexity --data text/held-out --limit "${DEMO_LIMIT:-8}" \
-    --batch-size 4 --out evaluation
+    --tasks local_perplexity --data text/held-out --limit "${DEMO_LIMIT:-3}" \
+    --window 512 --stride 384 --batch-size 4 --out evaluation
 
 say "8 of 8: one page of all that, for a browser or a printer"
 step report.html "$BIN/moe" report run evaluation tuned --out report.html

@@ -40,6 +40,7 @@ COMMANDS = {
         "Checkpoint or model to a Hugging Face folder, native or with its code.",
     ),
     "eval": ("moe.evals.command", "Evaluate with lm-evaluation-harness, beside baselines."),
+    "bench": ("moe.evals.bench_command", "Speed, memory and cache beside the dense parent."),
     "report": ("moe.evals.report.command", "One HTML page that compares runs and evaluations."),
     "generate": ("moe.tune.generate_command", "Responses of a model, with a tuning if you like."),
     "tune": ("moe.tune.command", "Look at what a mixture's experts do, and tune it."),

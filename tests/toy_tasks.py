@@ -1,4 +1,5 @@
-"""A suite of three small tasks in letters: choices, texts, generation; each with uneven requests.
+"""A suite of four small tasks in letters: choices, texts, generation, and texts in windows that
+overlap, which only our adapter knows; each with uneven requests.
 
 path = write(folder)        # the suite's YAML file, its tasks and their data beside it
 """
@@ -10,11 +11,15 @@ from pathlib import Path
 import tiny
 import yaml
 
-TASKS = ("toy_choice", "toy_text", "toy_say")
+from moe.evals.run import ROOT
+
+PLAIN = ("toy_choice", "toy_text", "toy_say")  # what the harness's own model can answer
+TASKS = (*PLAIN, "toy_windows")
 ITEMS = 7  # not a multiple of ranks or of a batch
 METRICS = {
     "toy_choice/acc", "toy_choice/acc_norm", "toy_text/bits_per_byte", "toy_text/byte_perplexity",
-    "toy_text/word_perplexity", "toy_say/exact_match",
+    "toy_text/word_perplexity", "toy_say/exact_match", "toy_windows/bits_per_byte",
+    "toy_windows/byte_perplexity", "toy_windows/word_perplexity", "toy_windows/token_perplexity",
 }  # fmt: skip
 
 
@@ -66,9 +71,21 @@ def write(folder: Path) -> Path:
         "generation_kwargs": {"until": ["\n", "Z"], "max_gen_toks": 6, "do_sample": False},
         "metric_list": metrics("exact_match"),
     }
-    for name, fields in zip(TASKS, (choice, text, say), strict=True):
+    windows = {
+        "include": str(ROOT / "tasks" / "perplexity.yaml"),
+        "custom_dataset": None,
+        "metadata": {"window": 11, "stride": 4},
+    }
+    for name, fields in zip(TASKS, (choice, text, say, windows), strict=True):
         task = {**common, "task": name, **fields}
         (folder / f"{name}.yaml").write_text(yaml.safe_dump(task))
     suite = folder / "suite.yaml"
-    suite.write_text(yaml.safe_dump({"tasks": list(TASKS)}))
+    suite.write_text(of_tasks(acc="toy_choice", word_perplexity="toy_text", exact_match="toy_say",
+                              token_perplexity="toy_windows"))  # fmt: skip
     return suite
+
+
+def of_tasks(**tasks: str) -> str:
+    """A suite's file: a task for each metric."""
+    entries = [{"name": task, "task": task, "metric": metric} for metric, task in tasks.items()]
+    return yaml.safe_dump({"about": "Toys.", "entries": entries})

@@ -13,11 +13,14 @@ from moe.checkpoint import store
 from moe.config import plain
 from moe.errors import Corrupt, UserError
 from moe.evals.command import short_names
+from moe.evals.report.significance import WIDTH
 from moe.hf.inspect import inspect
 from moe.jsonfile import parse_json, read_json
 from moe.upcycle.receipt import Receipt
 
 NUMBERS = ("loss", "grad_norm", "lr", "tokens", "tokens_per_second")
+SIZES = ("total_parameters", "active_parameters", "flops_per_token")
+GONE = "its folder is gone"  # in the place of a model's kind
 LAYER = ("max_over_mean", "dead_share", "entropy_share", "load_entropy")
 
 
@@ -79,7 +82,9 @@ class Run(Input):
 
 @dataclass
 class Evaluation(Input):
-    """What `moe eval` wrote: `rows` hold a value, an error a model, a difference a baseline."""
+    """What `moe eval` wrote: `rows` hold a value, an error and an interval (or None) a model, a
+    difference a baseline.
+    """
 
     models: list[str] = field(default_factory=list)
     rows: list[dict[str, Any]] = field(default_factory=list)
@@ -240,17 +245,29 @@ def read_evaluation(folder: Path, name: str) -> Evaluation:
         paths = [Path(str(model["path"])) for model in results["models"]]
         rows = [_row(row, len(paths)) for row in results["rows"]]
         counts = results.get("results", [{}])[0].get("n-samples", {})
+        facts = [_facts(p, m) for p, m in zip(paths, results["models"], strict=True)]
         for row in rows:
             row["items"] = (counts.get(row["task"]) or {}).get("effective")
     except (AttributeError, IndexError, KeyError, TypeError, ValueError) as error:
         raise Corrupt(f"{path} is not what `moe eval` writes ({error!r}).") from error
     labels = short_names(paths, results.get("tuning") is not None)
-    facts = [inspect(p) if (p / "config.json").is_file() else None for p in paths]
     found = Evaluation(folder, name, models=labels, rows=rows, model_facts=facts)
     gone = [str(p) for p, known in zip(paths, facts, strict=True) if known is None]
     if gone:
         found.notes.append(f"{', '.join(gone)} is not here: its size is unknown")
     return found
+
+
+def _facts(folder: Path, model: dict[str, Any]) -> dict[str, Any] | None:
+    """Of a model that was evaluated: its folder's, or the sizes in the results where it is gone."""
+    if (folder / "config.json").is_file():
+        return inspect(folder)
+    if any(model.get(name) is None for name in SIZES):
+        return None
+    known = {name: _number(model[name]) for name in SIZES}
+    if not all(math.isfinite(size) and size > 0 for size in known.values()):
+        raise ValueError(f"sizes {known}")
+    return {"model_type": GONE, **known, "layers": [], "receipt": None}
 
 
 def _row(row: dict[str, Any], models: int) -> dict[str, Any]:
@@ -262,10 +279,24 @@ def _row(row: dict[str, Any], models: int) -> dict[str, Any]:
     ]
     if not len(values) == len(errors) == len(differences) + 1 == models:
         raise ValueError(f"{len(values)} values of {models} models")
+    given = row.get("intervals") or [None] * models
     return {
         "task": str(row["task"]), "metric": str(row["metric"]), "values": values,
         "errors": errors, "differences": differences,
+        "intervals": [_interval(*x) for x in zip(values, errors, given, strict=True)],
     }  # fmt: skip
+
+
+def _interval(value: float | None, error: float | None, given: Any) -> tuple[float, float] | None:
+    """The 95 % that the results name, else those of the normal distribution around a value."""
+    if value is None:
+        return None
+    if given is not None:
+        low, high = (_finite(end) for end in given)
+        if low is None or high is None or not low <= high:
+            raise ValueError(f"interval {given!r:.60}")
+        return low, high
+    return (value - WIDTH * error, value + WIDTH * error) if error else None
 
 
 def _finite(value: Any) -> float | None:

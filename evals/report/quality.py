@@ -9,7 +9,6 @@ from matplotlib.ticker import NullLocator
 
 from moe.evals.report.drawing import canvas, key, literal, style, svg
 from moe.evals.report.inputs import Evaluation, Input, Run
-from moe.evals.report.significance import WIDTH
 
 TASKS, MEASURES = 30, 4  # in one picture
 LESS_IS_BETTER = ("loss", "perplexity", "bits_per_byte")
@@ -40,7 +39,7 @@ def evaluations(number: int, found: Evaluation) -> list[tuple[str, Markup]]:
             own = {**style(model), "linestyle": ""}
             ax.errorbar(
                 [r["values"][model] for _, r in shown], [y + shift for y, _ in shown],
-                xerr=[WIDTH * (r["errors"][model] or 0.0) for _, r in shown],
+                xerr=_reach(shown, model),
                 **own, markersize=4.5, capsize=2, elinewidth=1.1,
             )  # fmt: skip
         ax.set_yticks(range(len(rows)), [literal(row["task"]) for row in rows])
@@ -55,6 +54,17 @@ def evaluations(number: int, found: Evaluation) -> list[tuple[str, Markup]]:
         name = f"evaluation-{number}-{place}"
         drawn.append((metric, svg(figure, name, f"{metric} of every task and model")))
     return drawn
+
+
+def _reach(rows: Sequence[tuple[int, dict[str, Any]]], model: int) -> list[list[float]]:
+    """How far each interval goes below the value and above it; nowhere where there is none."""
+    found: list[list[float]] = [[], []]
+    for _, row in rows:
+        value = row["values"][model]
+        low, high = row["intervals"][model] or (value, value)
+        found[0].append(max(0.0, value - low))
+        found[1].append(max(0.0, high - value))
+    return found
 
 
 def better(metric: str) -> str:

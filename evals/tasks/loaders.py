@@ -9,18 +9,25 @@ from typing import Any
 
 from datasets import Dataset, DatasetDict
 
-from moe.errors import UserError
+from moe.errors import UserError, raise_all
 
-PAGE = 4000  # characters
+DOCUMENTS = (".txt", ".py", ".md", ".rst", ".jsonl")
 
 
-def _open(data: str | None, relative: str) -> Path:
+def _find(data: str | None, *files: str) -> list[Path]:
+    """Files of the data folder. Raises UserError with every one that is missing."""
     if data is None:
-        raise UserError(f"this task reads {relative} from a data folder: name it with --data.")
-    path = Path(data) / relative
-    if not path.is_file():
-        raise UserError(f"{path} does not exist: put {relative} into the folder given by --data.")
-    return path
+        names = " and ".join(files)
+        raise UserError(f"this task reads {names} from a data folder: name it with --data.")
+    paths = [Path(data) / file for file in files]
+    raise_all(
+        [
+            f"{path} does not exist: put {file} into the folder given by --data."
+            for path, file in zip(paths, files, strict=True)
+            if not path.is_file()
+        ]
+    )
+    return paths
 
 
 def _rows(path: Path) -> list[dict[str, Any]]:
@@ -30,13 +37,15 @@ def _rows(path: Path) -> list[dict[str, Any]]:
 def jsonl(data: str | None = None, files: dict | None = None, **_: Any) -> DatasetDict:
     """JSON lines, one file a split."""
     assert files is not None
-    return DatasetDict({s: Dataset.from_list(_rows(_open(data, f))) for s, f in files.items()})
+    paths = _find(data, *files.values())
+    rows = [Dataset.from_list(_rows(path)) for path in paths]
+    return DatasetDict(dict(zip(files, rows, strict=True)))
 
 
 def piqa(data: str | None = None, **_: Any) -> DatasetDict:
     """PIQA's questions and their labels, which come in a file of their own."""
-    rows = _rows(_open(data, "piqa/valid.jsonl"))
-    labels = _open(data, "piqa/valid-labels.lst").read_text().split()
+    questions, answers = _find(data, "piqa/valid.jsonl", "piqa/valid-labels.lst")
+    rows, labels = _rows(questions), answers.read_text().split()
     if len(rows) != len(labels):
         raise UserError(f"{data}/piqa: {len(rows)} questions but {len(labels)} labels.")
     merged = [{**row, "label": int(label)} for row, label in zip(rows, labels, strict=True)]
@@ -46,7 +55,8 @@ def piqa(data: str | None = None, **_: Any) -> DatasetDict:
 def wikitext(data: str | None = None, **_: Any) -> DatasetDict:
     """WikiText-2's test text, cut into its articles."""
     pages: list[list[str]] = []
-    for line in _open(data, "wikitext2/test.txt").read_text().splitlines(keepends=True):
+    (path,) = _find(data, "wikitext2/test.txt")
+    for line in path.read_text().splitlines(keepends=True):
         title = line.startswith(" = ") and not line.startswith(" = = ")
         if title or not pages:
             pages.append([])
@@ -56,32 +66,37 @@ def wikitext(data: str | None = None, **_: Any) -> DatasetDict:
 
 
 def text(data: str | None = None, domain: str = "", **_: Any) -> DatasetDict:
-    """Every .txt and .py file under `text/`, or one domain's folder there, cut at line ends into
-    pages of PAGE characters.
+    """Every file of DOCUMENTS under `text/`, or under one domain's folder there.
+
+    A file is a document, of .jsonl a line's `text`.
     """
     folder = Path(data or ".") / "text" / domain
-    files = sorted(p for p in folder.rglob("*") if p.suffix in (".txt", ".py"))
+    files = sorted(p for p in folder.rglob("*") if p.suffix in DOCUMENTS and p.is_file())
     if data is None or not files:
         where = f"text/{domain}".rstrip("/")
-        raise UserError(f"this task reads {where}/*.txt and *.py from the folder of --data.")
-    pages = []
-    for path in files:
-        page = ""
-        for line in path.read_text(encoding="utf-8", errors="replace").splitlines(keepends=True):
-            page += line
-            if len(page) >= PAGE:
-                pages.append(page)
-                page = ""
-        if page.strip():
-            pages.append(page)
+        kinds = ", ".join(f"*{suffix}" for suffix in DOCUMENTS)
+        raise UserError(f"this task reads {where}/ ({kinds}) from the folder of --data.")
+    pages = [page for path in files for page in _documents(path) if page.strip()]
+    if not pages:
+        raise UserError(f"{folder}: its {len(files)} files hold no text.")
     return DatasetDict({"test": Dataset.from_list([{"page": p} for p in pages])})
 
 
+def _documents(path: Path) -> list[str]:
+    if path.suffix != ".jsonl":
+        return [path.read_text(encoding="utf-8", errors="replace")]
+    try:
+        return [str(row["text"]) for row in _rows(path)]
+    except (ValueError, KeyError, TypeError) as error:
+        raise UserError(f"{path}: each line is to be an object with a `text` ({error}).") from error
+
+
 def perplexities(doc: dict[str, Any], results: Any) -> dict[str, tuple[float, int]]:
-    """Log-likelihood with the words and bytes it is spread over."""
-    (likelihood,) = results
+    """A document's log-likelihood with the tokens, words and bytes that it is spread over."""
+    ((likelihood, tokens),) = results
     words, size = len(doc["page"].split()), len(doc["page"].encode())
     return {
+        "token_perplexity": (likelihood, tokens),
         "word_perplexity": (likelihood, words),
         "byte_perplexity": (likelihood, size),
         "bits_per_byte": (likelihood, size),

@@ -4,6 +4,8 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
+from transformers import PreTrainedConfig
+
 from moe.checkpoint.manifest import Manifest, is_complete
 from moe.hf.families import routed_config
 from moe.hf.native import HOMES, from_native
@@ -19,19 +21,32 @@ CONTEXT = 1024  # tokens of a sequence, for the FLOPs of its attention
 def inspect(folder: Path) -> dict[str, Any]:
     """Architecture, parameters, the routing of each layer, and the receipt, ready for JSON."""
     source = read_config(folder)
-    native = source.model_type in HOMES
-    config = from_native(source) if native else routed_config(source)
-    total, active = parameter_counts(config)
+    config = routed(source)
     receipt = Receipt.read(folder)
     if is_complete(folder):  # a training checkpoint carries its model's history along
         receipt = Receipt(steps=checkpoint_steps(Manifest.read(folder)))
     return {
         "model_type": source.model_type,
+        **sizes(config),
+        "layers": [_layer(config, i) for i in range(config.num_hidden_layers)],
+        "receipt": asdict(receipt) if receipt else None,
+    }
+
+
+def routed(config: PreTrainedConfig) -> RoutedLlamaConfig:
+    """The config as the accounting reads it. Raises UserError of an architecture that we do not
+    know.
+    """
+    return from_native(config) if config.model_type in HOMES else routed_config(config)
+
+
+def sizes(config: RoutedLlamaConfig) -> dict[str, float]:
+    """Parameters, and FLOPs to train on a token of a sequence of CONTEXT."""
+    total, active = parameter_counts(config)
+    return {
         "total_parameters": total,
         "active_parameters": active,
         "flops_per_token": flops_per_token(config, CONTEXT),
-        "layers": [_layer(config, i) for i in range(config.num_hidden_layers)],
-        "receipt": asdict(receipt) if receipt else None,
     }
 
 

@@ -1,4 +1,4 @@
-"""Parameters and FLOPs of a RoutedLlama, from its config alone."""
+"""Parameters, FLOPs and cache of a RoutedLlama, from its config alone."""
 
 from typing import NamedTuple
 
@@ -107,3 +107,26 @@ def flops_per_token(config: RoutedLlamaConfig, sequence_length: int) -> float:
         seen = spec.top_k / spec.num_experts if isinstance(spec, UoEAttention) else 1.0
         scores += active_heads(config, spec) * seen
     return 6.0 * weights + 12.0 * scores * head_dim * sequence_length
+
+
+def cache_bytes(config: RoutedLlamaConfig, length: int, itemsize: int) -> float:
+    """Bytes of the keys and values that are kept of a sequence of so many tokens.
+
+    BAM keeps those of each expert; a union's expert the sinks and its own tokens, top_k /
+    num_experts of the others on average; a sliding window no more than it reaches back.
+    """
+    total = 0.0
+    assert config.head_dim is not None and config.layer_types is not None
+    for layer in range(config.num_hidden_layers):
+        spec = config.attention_spec(layer)
+        kv_heads = widened(config, spec).num_key_value_heads
+        assert kv_heads is not None
+        rows = float(length)
+        if isinstance(spec, UoEAttention):
+            sinks = min(length, spec.sink_tokens)
+            rows = sinks + (length - sinks) * spec.top_k / spec.num_experts
+        elif config.layer_types[layer] == "sliding_attention":
+            assert config.sliding_window is not None
+            rows = min(rows, config.sliding_window - 1)
+        total += 2 * rows * kv_heads * config.head_dim * itemsize
+    return total

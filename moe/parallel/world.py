@@ -104,9 +104,9 @@ def launched(name: str, alone: int) -> int:
 
 
 @contextlib.contextmanager
-def world(timeout: float = 1800.0) -> Iterator[Ranks]:
+def world(timeout: float = 1800.0, again: str = "start the same command again") -> Iterator[Ranks]:
     """Join the process group that torchrun describes; alone, make a group of one. No rank waits
-    for another longer than `timeout` seconds.
+    for another longer than `timeout` seconds; `again` says what to do where one is lost.
 
     NCCL on GPUs, gloo on CPUs. The group of one lets a single process shard over itself, so that
     one code path serves one process and many.
@@ -131,9 +131,8 @@ def world(timeout: float = 1800.0) -> Iterator[Ranks]:
         if size == 1 or not LOST.search(str(error)):
             raise
         raise MoeError(
-            f"another of the {size} ranks is gone, or was silent for {timeout:g} s "
-            f"(parallel.timeout): {str(error).strip().splitlines()[0]}. What ended it is in its "
-            "own output; start the run again, and it goes on from its newest checkpoint."
+            f"another of the {size} ranks is gone, or was silent for {timeout:g} s: "
+            f"{str(error).strip().splitlines()[0]}. What ended it is in its own output; {again}."
         ) from error
     finally:
         if not joined and distributed.is_initialized():

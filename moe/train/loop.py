@@ -46,11 +46,16 @@ from moe.train.starting import (
 from moe.upcycle.receipt import versions
 from moe.upcycle.writer import copy_side_files
 
+AGAIN = (
+    "start the run again, and it goes on from its newest checkpoint (parallel.timeout: how long a "
+    "rank may be silent)"
+)
+
 
 def train(config: RunConfig) -> None:
     """Run a configuration to its last step, from its newest checkpoint if there is one."""
     quiet_libraries()
-    with world(config.parallel.timeout) as ranks:
+    with world(config.parallel.timeout, AGAIN) as ranks:
         check_same(config, ranks)
         say_once(ranks, config.check_world, ranks.size)
         say_once(ranks, check_files, config)  # what is refused leaves no folder

@@ -62,7 +62,7 @@ def test_the_harness_own_model_says_the_same(name, batch_size, models, suite) ->
     folder = models[name]
     theirs = HFLM(pretrained=str(folder), batch_size=batch_size, device="cpu")
     ours = MoeLM(folder, batch_size)
-    for task in toy_tasks.TASKS:
+    for task in toy_tasks.PLAIN:
         assert said(ours, task, suite) == said(theirs, task, suite), task
 
 

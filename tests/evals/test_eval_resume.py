@@ -208,6 +208,31 @@ def test_bad_requests_are_refused(arguments, message, toys, suite, tmp_path) -> 
     assert not (tmp_path / "out").exists()
 
 
+def test_a_lost_rank_sends_nobody_to_a_checkpoint(toys, suite, tmp_path) -> None:
+    lost = RuntimeError("Connection closed by peer [127.0.0.1]:1234")
+    with (
+        mock.patch.dict("os.environ", WORLD_SIZE="2", RANK="0"),
+        mock.patch("moe.parallel.world.distributed.init_process_group"),
+        mock.patch("moe.evals.command._evaluate", side_effect=lost),
+    ):
+        result = moe("eval", toys.model, "--suite", suite, "--out", tmp_path / "out")
+    assert result.code == 1 and "another of the 2 ranks is gone" in result.err, result.err
+    assert "the same command again, and it goes on from what has been answered" in result.err
+    assert "checkpoint" not in result.err and "parallel.timeout" not in result.err
+
+
+def test_every_file_that_is_missing_is_named_at_once(toys, tmp_path) -> None:
+    tasks = ("--tasks", "local_piqa,local_gsm8k,local_wikitext2", "--data", tmp_path)
+    with mock.patch("moe.evals.run.MoeLM", side_effect=AssertionError):
+        result = moe("eval", toys.model, *tasks, "--out", tmp_path / "out")
+    files = ("piqa/valid.jsonl", "piqa/valid-labels.lst", "gsm8k/train.jsonl", "gsm8k/test.jsonl",
+             "wikitext2/test.txt")  # fmt: skip
+    lines = result.err.splitlines()
+    assert result.code == 2 and len(lines) == len(files), result.err
+    for line, file in zip(lines, files, strict=True):
+        assert f"put {file} into the folder given by --data" in line
+
+
 def test_what_looks_ahead_is_refused_before_anything_is_asked(toys, suite, tmp_path) -> None:
     """Likelihoods and generation alike, each with the tasks that need it."""
     model = Path(shutil.copytree(toys.model, tmp_path / "model"))
@@ -218,5 +243,5 @@ def test_what_looks_ahead_is_refused_before_anything_is_asked(toys, suite, tmp_p
     result = moe("eval", model, "--suite", suite, "--out", tmp_path / "out")
     assert result.code == 2 and not (tmp_path / "out").exists(), result.err
     scores, generates = result.err.splitlines()
-    assert "toy_choice, toy_text score texts" in scores and "not causal" in scores
+    assert "toy_choice, toy_text, toy_windows score texts" in scores and "not causal" in scores
     assert "toy_say need generation" in generates and "expert_choice" in generates

@@ -96,6 +96,39 @@ def test_runs_evaluations_and_models_are_recognised_by_what_they_hold(run, tmp_p
     assert mixture > plain > 0
 
 
+def test_intervals_and_sizes_are_those_of_the_results(tmp_path):
+    """An interval that is named stands before the error's; a model that is gone has its sizes."""
+    rows = [row("easy", [0.75, 0.5], 0.0625), row("hard", [0.5, 0.25], None)]
+    rows[0]["intervals"] = [[0.6875, 0.875], None]
+    results = write_results(tmp_path / "eval", rows, ["gone", "lost"])
+    found = json.loads((results / "results.json").read_text())
+    sizes = {"total_parameters": 4000, "active_parameters": 1000, "flops_per_token": 7.5e6}
+    found["models"][0] |= sizes
+    (results / "results.json").write_text(json.dumps(found))
+    page = report(tmp_path / "r.html", results)
+    lows, highs = (list(map(float, page.all(f"data-{name}"))) for name in ("low", "high"))
+    assert lows[0] == 0.6875 and highs[0] == 0.875
+    assert lows[1:] == pytest.approx([0.5 - 1.959964 * 0.0625])
+    assert highs[1:] == pytest.approx([0.5 + 1.959964 * 0.0625])
+    assert page.all("data-mflops") == ["7.5"] * 3, "two points and a model"
+    assert page.all("data-active") == ["1000"] * 3
+    said = (tmp_path / "r.html").read_text()
+    assert "lost is not here" in said and "gone is not here" not in said
+    for wrong in (
+        {"total_parameters": "many"},
+        {"flops_per_token": 0},
+        {"active_parameters": 1e999},
+    ):
+        found["models"][0] |= sizes | wrong
+        (results / "results.json").write_text(json.dumps(found))
+        assert moe("report", results, "--out", tmp_path / "none.html").code == 3
+    found["models"][0] |= sizes
+    for wrong in ([0.5], [0.9, 0.1], ["a", "b"], 3):
+        found["rows"][0]["intervals"] = [wrong, None]
+        (results / "results.json").write_text(json.dumps(found))
+        assert moe("report", results, "--out", tmp_path / "none.html").code == 3
+
+
 def test_evaluation_during_training_is_drawn_and_counts_as_quality(tmp_path):
     model = write_model(tmp_path / "model")
     lines = [step(1, 4.0), score(1, piqa__acc=(0.5, 0.02)), step(2, 3.0),
