@@ -23,6 +23,8 @@ ROOT = HERE.parents[1]
 SHELLCHECK = shutil.which("shellcheck") or shutil.which(
     "shellcheck", path=str(Path(sys.executable).parent)
 )
+# as from a terminal: a shell cannot trap what it was started to ignore, as nohup and & do
+LISTENING = ["env", "--default-signal=INT,HUP"]
 QUIET = {"OMP_NUM_THREADS": "1", "GLOO_SOCKET_IFNAME": "lo", "PYTHONWARNINGS": "ignore"}
 
 
@@ -90,7 +92,7 @@ def start(
 ) -> Launch:
     with log.open("w") as file:
         process = subprocess.Popen(
-            list(map(str, arguments)),
+            [*LISTENING, *map(str, arguments)],
             env={**os.environ, **QUIET, **environment},
             stdout=file,
             stderr=subprocess.STDOUT,

@@ -1,5 +1,6 @@
 """Launch scripts as texts: their syntax, their help, their dry runs and what they refuse."""
 
+import re
 import signal
 import socket
 import subprocess
@@ -99,7 +100,7 @@ def test_dry_run_of_deepspeed(tmp_path, environment):
     )
     bare = [script[0], "--dry-run", "--hostfile", tmp_path / "hosts", config, "seed=1"]
     found = dry(bare, tmp_path, environment)
-    assert "--hostfile TMP/hosts --master_port 2" in found, "DeepSpeed looks for the rest"
+    assert re.search(r"--hostfile TMP/hosts --master_port \d{5} --no_python", found), "no more"
 
 
 STEP = "+ srun --nodes {n} --ntasks {n} --ntasks-per-node 1 --kill-on-bad-exit=1"

@@ -201,7 +201,8 @@ def test_a_connection_that_is_closed_is_a_signal(tmp_path, environment, name):
     reader, writer = os.pipe()
     command = [SCRIPTS[name], "--ranks", 2, launching.write_config(out)]
     process = launching.subprocess.Popen(
-        list(map(str, command)), stdout=writer, stderr=writer, start_new_session=True,
+        [*launching.LISTENING, *map(str, command)], stdout=writer, stderr=writer,
+        start_new_session=True,
         env={**os.environ, **launching.QUIET, **environment, "STUB_STEPS": "2000"},
     )  # fmt: skip
     os.close(writer)

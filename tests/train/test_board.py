@@ -2,6 +2,7 @@
 
 import json
 import re
+import time
 from pathlib import Path
 
 import pytest
@@ -117,6 +118,7 @@ def test_starting_again_purges_what_comes_again_and_repeats_nothing(tmp_path):
             line = {"step": step, "loss": first + step / 8, "grad_norm": 1.0, "lr": 1.0}
             reporter.report({**line, "tokens_per_second": 1.0}, StepLoads({}, 1))
         reporter.close()
+        time.sleep(1.0)  # files are read in the order of the second that their names hold
     events = read(tmp_path).Scalars("train/loss")
     assert [(e.step, e.value) for e in events] == [
         (1, 0.125), (2, 0.25), (3, 0.375), (4, 3.5), (5, 3.625), (6, 3.75),

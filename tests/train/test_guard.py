@@ -20,7 +20,7 @@ from moe.checkpoint.progress import Judged
 from moe.config import Guard as Settings
 from moe.config import RunConfig
 from moe.errors import MoeError
-from moe.train import loop
+from moe.train import loop, starting
 from moe.train.guard import FEWEST, Guard
 
 CONSTANT = ("train.steps=4", "schedule.kind=constant", "checkpoint.every=100")
@@ -118,12 +118,12 @@ def skip_one(toys: toy_run.Toys, out: Path, case: tuple[tuple[str, ...], str, fl
         found["numbers"] = (taken.loss, taken.norm)
         found["clean"] = [(take().loss, run.guard.skipped) for _ in range(2)]
         found["end"] = state(run)
-    build = loop.build_dataset
+    build = starting.build_dataset
 
     def leave_out(*given: Any, **named: Any) -> LeftOut:
         return LeftOut(build(*given, **named), range(8, 16))
 
-    with mock.patch.object(loop, "build_dataset", leave_out):
+    with mock.patch.object(starting, "build_dataset", leave_out):
         config = configure(toys, out.with_name(f"{out.name}, left out"), *overrides)
         with toy_run.opened(config) as (run, take):
             found["left out"] = [take().loss for _ in range(3)]
