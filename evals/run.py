@@ -197,7 +197,8 @@ def compare(results: Sequence[Any]) -> list[dict[str, Any]]:
             draws = perplexity.resample(results, task, name)
             if draws is not None:
                 row["errors"] = [_error(float(d.std())) for d in draws]
-            row["intervals"] = intervals(row["values"], row["errors"], draws)
+            scores = [item_scores(r, task, name, filtered) for r in results]
+            row["intervals"] = intervals(row["values"], row["errors"], draws, scores)
             for i, baseline in enumerate(results[1:], start=1):
                 difference = value - baseline["results"][task][key]
                 paired = paired_error(results[0], baseline, task, name, filtered)
@@ -209,34 +210,46 @@ def compare(results: Sequence[Any]) -> list[dict[str, Any]]:
 
 
 def intervals(
-    values: Sequence[float], errors: Sequence[float | None], draws: Any
+    values: Sequence[float], errors: Sequence[float | None], draws: Any, scores: Sequence[Any]
 ) -> list[tuple[float, float] | None]:
-    """Each model's 95 %: of its draws, or of the normal distribution around a mean, which there is
-    none of where all items are alike.
+    """Each model's 95 %: of its draws; of a share of items, which ends at 0 and 1 and is there
+    where all items are alike; else of the normal distribution around a mean.
     """
     if draws is not None:
         return [perplexity.interval(d) for d in draws]
-    return [
-        None if not error else (value - 1.96 * error, value + 1.96 * error)
-        for value, error in zip(values, errors, strict=True)
-    ]
+    found: list[tuple[float, float] | None] = []
+    for value, error, items in zip(values, errors, scores, strict=True):
+        right = sum(items.values())
+        if items and {*items.values()} <= {0.0, 1.0} and math.isclose(right / len(items), value):
+            found.append(wilson(value, len(items)))
+        else:
+            found.append((value - 1.96 * error, value + 1.96 * error) if error else None)
+    return found
+
+
+def wilson(share: float, items: int, z: float = 1.96) -> tuple[float, float]:
+    """The interval of a share of so many items (Wilson 1927)."""
+    middle = (share + z * z / (2 * items)) / (1 + z * z / items)
+    half = z * math.sqrt(share * (1 - share) / items + (z / (2 * items)) ** 2) / (1 + z * z / items)
+    return max(0.0, middle - half), min(1.0, middle + half)
 
 
 def _error(value: Any) -> float | None:
     return float(value) if isinstance(value, int | float) and math.isfinite(value) else None
 
 
+def item_scores(result: Any, task: str, metric: str, filtered: str) -> dict[int, float]:
+    """What each item of a task counts, by its number; none where a metric is no mean of items."""
+    return {
+        s["doc_id"]: float(s[metric])
+        for s in result.get("samples", {}).get(task, [])
+        if s.get("filter", "none") == filtered and isinstance(s.get(metric), int | float)
+    }
+
+
 def paired_error(first: Any, second: Any, task: str, metric: str, filtered: str) -> float | None:
     """Standard error of the mean difference over the items of a task."""
-
-    def scores(result: Any) -> dict[int, float]:
-        return {
-            s["doc_id"]: float(s[metric])
-            for s in result.get("samples", {}).get(task, [])
-            if s.get("filter", "none") == filtered and isinstance(s.get(metric), int | float)
-        }
-
-    left, right = scores(first), scores(second)
+    left, right = (item_scores(result, task, metric, filtered) for result in (first, second))
     differences = [left[item] - right[item] for item in left if item in right]
     count = len(differences)
     if count < 2:

@@ -5,6 +5,7 @@ import random
 import pytest
 
 from moe.evals.report.significance import holm, judge, p_value
+from moe.evals.run import intervals
 
 
 @pytest.mark.parametrize(
@@ -46,3 +47,17 @@ def test_all_tables_of_a_page_are_one_family():
     assert alone[0, 0, 0].adjusted == pytest.approx(alone[0, 0, 0].p)
     assert both[1, 0, 0].adjusted == pytest.approx(2 * both[1, 0, 0].p)
     assert both[0, 0, 0].significant
+
+
+def test_intervals_of_shares_are_wilsons():
+    """7 of 10 as in Wilson's formula worked out by hand; a share of 0 or 1 has one too, no end lies
+    outside 0..1, and a mean of anything else keeps the normal distribution's.
+    """
+    shares = [dict(enumerate([1.0] * n + [0.0] * (10 - n))) for n in (7, 10, 0)]
+    found = intervals([0.7, 1.0, 0.0], [0.15, 0.0, 0.0], None, shares)
+    assert found[0] == pytest.approx((0.3968, 0.8922), abs=1e-4)
+    assert found[1] == pytest.approx((0.7225, 1.0), abs=1e-4)
+    assert found[2] == pytest.approx((0.0, 0.2775), abs=1e-4)
+    (found,) = intervals([0.9], [0.1], None, [{0: 0.8, 1: 1.0}])
+    assert found == pytest.approx((0.704, 1.096))
+    assert intervals([0.9], [None], None, [{}]) == [None]
