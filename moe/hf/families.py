@@ -79,7 +79,7 @@ def routed_config(dense: PreTrainedConfig) -> RoutedLlamaConfig:
     if (activation := getattr(dense, "hidden_act", "silu")) not in ACT2FN:
         raise UserError(f"hidden_act={activation!r} is unknown to transformers.")
     kind = rope.get("rope_type", "default") if isinstance(rope, dict) else None
-    if kind not in {None, "default", *ROPE_INIT_FUNCTIONS}:
+    if kind not in [None, "default", *ROPE_INIT_FUNCTIONS]:  # a list, for what cannot be hashed
         raise UserError(
             f"rope_parameters.rope_type={kind!r} is unknown. transformers has default, "
             f"{', '.join(sorted(set(ROPE_INIT_FUNCTIONS) - {'default'}))}."

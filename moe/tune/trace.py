@@ -9,6 +9,7 @@ by prompt: a ranking needs both, and intervals and other labels need prompts, no
 
 import json
 import zipfile
+import zlib
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import Any
@@ -64,7 +65,7 @@ class Trace:
             trace = cls(sites=sites, rows=rows, settings=about["settings"], **arrays)
             _check(trace)
         except (ValueError, KeyError, TypeError, AttributeError, OSError, EOFError,
-                zipfile.BadZipFile, RecursionError) as error:  # fmt: skip
+                zipfile.BadZipFile, zlib.error, RuntimeError) as error:  # fmt: skip
             reason = "not an npz file" if "pickle" in str(error) else error
             raise Corrupt(f"{path} is not a trace ({reason}). Record it again.") from error
         return trace
