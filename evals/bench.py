@@ -22,7 +22,7 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedConfig, PreTrainedModel
 
-from moe.errors import UserError
+from moe.errors import UserError, raise_all
 from moe.hf.inspect import routed
 from moe.hf.loading import identity, load_model
 from moe.model import RoutedLlamaConfig
@@ -59,8 +59,7 @@ def check(folders: Sequence[Path], grid: Grid) -> None:
                     f"length={length} and {grid.new_tokens} new tokens: {folder} has {positions} "
                     f"positions. Use {positions - grid.new_tokens} or less."
                 )
-    if problems:
-        raise UserError("\n".join(problems))
+    raise_all(problems)
 
 
 def known(config: PreTrainedConfig) -> RoutedLlamaConfig | None:

@@ -30,9 +30,9 @@ def run(
     quiet_libraries()
     from moe.evals import bench
     from moe.evals.bench_plot import plot
-    from moe.evals.command import _check_model, _check_out, short_names
+    from moe.evals.command import check_model, check_out, short_names
 
-    problems = problem(_check_out, out)
+    problems = problem(check_out, out)
     numbers: dict[str, tuple[int, ...]] = {}
     for option, text in (("--batch", batch), ("--length", length)):
         try:
@@ -42,7 +42,7 @@ def run(
     folders = [model]
     for folder in (model, against):
         if folder is not None:
-            problems += problem(_check_model, folder)
+            problems += problem(check_model, folder)
     raise_all(problems)
     parent = against or bench.find_parent(model)
     folders += [parent] if parent else []

@@ -173,7 +173,7 @@ def _write(out: Path, report: dict[str, Any], text: str) -> None:
 def _problems(request: Request) -> list[str]:
     """All that is wrong, said now and not after the first of several evaluations."""
     begun = (request.out / ANSWERS).is_dir() and not (request.out / RESULTS).exists()
-    problems = problem(_check_out, request.out, begun)
+    problems = problem(check_out, request.out, begun)
     folders = {"--include-path": request.include_path, "--data": request.data}
     for option, folder in folders.items():
         if folder is not None and not folder.is_dir():
@@ -186,7 +186,7 @@ def _problems(request: Request) -> list[str]:
     if request.cache is not None and request.cache.exists() and not request.cache.is_dir():
         problems.append(f"--cache {request.cache} is not a folder.")
     for folder in request.models:
-        problems += problem(_check_model, folder)
+        problems += problem(check_model, folder)
     if request.tuning is None and (request.scale is not None or request.other_model):
         problems.append("--scale and --other-model go with --tuning.")
     if not request.chat and (request.multiturn is not None or request.system is not None):
@@ -196,7 +196,7 @@ def _problems(request: Request) -> list[str]:
     return problems
 
 
-def _check_out(out: Path, begun: bool = False) -> None:
+def check_out(out: Path, begun: bool = False) -> None:
     if out.exists() and not begun:
         raise UserError(f"{out} exists. Choose another --out, or remove it.")
     parent = next(p for p in (out, *out.absolute().parents) if p.exists())
@@ -222,7 +222,7 @@ def _check_answers(request: Request, how: "How", tuning: "Tuning | None") -> Non
         )
 
 
-def _check_model(folder: Path) -> None:
+def check_model(folder: Path) -> None:
     from moe.checkpoint import store
     from moe.upcycle.source import read_config, weight_files
 

@@ -20,7 +20,7 @@ from moe.errors import MoeError, UserError, raise_all
 from moe.evals.adapter import MoeLM
 from moe.evals.answers import Answers
 from moe.evals.run import How, depends_on
-from moe.parallel.world import Ranks, say_once, world
+from moe.parallel.world import Ranks, end, say_once, world
 from moe.tune.intervene import tuned
 from moe.tune.tuning import read_for
 
@@ -96,7 +96,8 @@ def main() -> None:
     except MoeError as error:
         if str(error):
             print(f"{error.label}: {error}", file=sys.stderr)
-        sys.exit(error.exit_code)
+        end(error.exit_code)
+    end(0)
 
 
 if __name__ == "__main__":

@@ -19,7 +19,7 @@ from lm_eval.api.instance import Instance
 from lm_eval.api.task import ConfigurableTask
 from lm_eval.utils import get_rolling_token_windows, make_disjoint_window
 
-from moe.errors import UserError
+from moe.errors import raise_all
 
 REQUEST = "sliding_windows"  # what the harness calls the adapter's method by
 TASK = "local_perplexity"
@@ -42,8 +42,7 @@ def sizes(positions: int, window: int | None, stride: int | None) -> tuple[int, 
         problems.append(f"window={chosen}: the model has {positions} positions. Use 1 to that.")
     if not 1 <= step <= chosen:
         problems.append(f"stride={step} with window={chosen}: use 1 to the window.")
-    if problems:
-        raise UserError("\n".join(problems))
+    raise_all(problems)
     return chosen, step
 
 

@@ -97,6 +97,11 @@ def evaluate(
     with perplexity.domain_tasks(tasks, data, divide=suite is None) as (tasks, folders):
         manager = find_tasks(tasks, include, data, folders, suite, windows)
         loaded = load(tasks, manager)
+        kinds = {task.OUTPUT_TYPE for task in loaded["tasks"].values()}
+        if windows and perplexity.REQUEST not in kinds:
+            raise UserError(
+                f"--window and --stride are for {perplexity.TASK}, which is not among the tasks."
+            )
         for model in models:
             given = read_config(model), load_tokenizer(model)
             check(loaded, *given, how.prompting, str(model))

@@ -18,7 +18,7 @@ from lm_eval.tasks import TaskManager
 from lm_eval.tasks._yaml_loader import load_yaml
 from pydantic import BaseModel, ConfigDict, ValidationError
 
-from moe.errors import UserError
+from moe.errors import UserError, raise_all
 
 FOLDER = Path(__file__).parent / "suites"
 LOCAL = "local_"  # what names of tasks on local files begin with
@@ -138,8 +138,7 @@ def _check(path: Path, suite: Suite) -> None:
     for average in suite.averages:
         unknown = [n for n in average.without if n not in names]
         problems += [f"{path}: {average.name} is without {n}, which is no entry." for n in unknown]
-    if problems:
-        raise UserError("\n".join(problems))
+    raise_all(problems)
 
 
 def _stand_in(entry: Entry, data: Path | None) -> Entry:
@@ -209,8 +208,7 @@ class Tasks(TaskManager):
                     close = difflib.get_close_matches(entry.key, metrics, n=3, cutoff=0)
                     has = f"It has {', '.join(close)}." if close else "Name the tasks in it."
                     problems.append(f"task {task} has no metric {entry.metric}. {has}")
-        if problems:
-            raise UserError("\n".join(problems))
+        raise_all(problems)
 
 
 def summary(

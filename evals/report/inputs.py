@@ -11,7 +11,7 @@ import yaml
 
 from moe.checkpoint import store
 from moe.config import plain
-from moe.errors import Corrupt, UserError
+from moe.errors import Corrupt, UserError, raise_all
 from moe.evals.command import short_names
 from moe.evals.report.significance import WIDTH
 from moe.hf.inspect import inspect
@@ -96,8 +96,7 @@ def read(folders: list[Path]) -> list[Run | Evaluation | Model]:
     problems = [p for folder in folders if (p := _unknown(folder))]
     twice = {f for f in folders if [g.absolute() for g in folders].count(f.absolute()) > 1}
     problems += [f"{folder} is given twice." for folder in sorted(twice)]
-    if problems:
-        raise UserError("\n".join(problems))
+    raise_all(problems)
     found = [
         _read(folder, name) for folder, name in zip(folders, short_names(folders), strict=True)
     ]
