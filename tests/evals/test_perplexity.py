@@ -239,3 +239,14 @@ def test_what_cannot_be_resampled_is_not():
 def test_the_most_unlikely_text_has_an_interval_that_is_a_number():
     draws = perplexity.resample([harness_result([(-9e5, 2), (-8e5, 1)])], "t", "byte_perplexity")
     assert draws is not None and all(math.isfinite(end) for end in perplexity.interval(draws[0]))
+
+
+def test_windows_that_no_task_reads_are_refused(folders, tmp_path):
+    (tmp_path / "piqa").mkdir()
+    (tmp_path / "piqa/valid.jsonl").write_text('{"goal": "a", "sol1": "b", "sol2": "c"}\n')
+    (tmp_path / "piqa/valid-labels.lst").write_text("0\n")
+    arguments = ["--tasks", "local_piqa", "--data", tmp_path, "--out", tmp_path / "out"]
+    refused = moe("eval", folders["dense"], *arguments, "--window", 8)
+    assert refused.code == 2 and "--window and --stride are for local_perplexity" in refused.err
+    assert not (tmp_path / "out").exists()
+    assert moe("eval", folders["dense"], *arguments).code == 0, "negative control"
