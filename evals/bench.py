@@ -216,6 +216,10 @@ def measure(
     With `memory` also the peak beyond what was held before, and the cache after the prompt, in
     bytes per token of a sequence.
     """
+    if not getattr(model.config, "causal", True):
+        specs = (model.config.mlp_spec(i) for i in range(model.config.num_hidden_layers))
+        if "expert_choice" in {getattr(spec, "mode", "") for spec in specs}:
+            raise UserError("mlp.mode=expert_choice writes no text: it looks at tokens to come")
     generator = torch.Generator().manual_seed(0)
     ids = torch.randint(model.config.vocab_size, (batch, length), generator=generator)
     ids = ids.to(model.device)
@@ -242,10 +246,6 @@ def measure(
 
 def _step(model: PreTrainedModel, ids: Tensor, cache: Any) -> tuple[Any, Tensor]:
     """Cache and likeliest next tokens [B, 1], on the host when it returns."""
-    if cache is not None and not getattr(model.config, "causal", True):
-        layers = range(model.config.num_hidden_layers)
-        if "expert_choice" in {getattr(model.config.mlp_spec(i), "mode", "") for i in layers}:
-            raise UserError("mlp.mode=expert_choice writes no text: it looks at tokens to come")
     output = model(ids, use_cache=True, logits_to_keep=1, **({CACHE: cache} if cache else {}))
     token = output.logits[:, -1].argmax(-1, keepdim=True)
     token.cpu()
