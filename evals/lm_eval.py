@@ -88,15 +88,25 @@ def _run(ranks: Ranks) -> None:
     ranks.barrier()  # a launcher ends all ranks as soon as one has ended
 
 
-def main() -> None:
-    """Run the command; end our own errors in one line and their exit code."""
+def call() -> None:
+    """Run the command; end our own errors in one line and SystemExit of their exit code."""
     evaluator.get_git_commit_hash = lambda: None
     try:
         run(sys.argv[1:])
     except MoeError as error:
         if str(error):
             print(f"{error.label}: {error}", file=sys.stderr)
-        end(error.exit_code)
+        sys.exit(error.exit_code)
+
+
+def main() -> None:
+    """Run the command, and end this process with its exit code."""
+    try:
+        call()
+    except SystemExit as stop:
+        if isinstance(stop.code, str):  # argparse's own way to say something
+            print(stop.code, file=sys.stderr)
+        end(stop.code if isinstance(stop.code, int) else int(stop.code is not None))
     end(0)
 
 

@@ -96,7 +96,7 @@ def line(*words: object) -> tuple[int, str, str]:
         contextlib.redirect_stderr(err),
     ):
         try:
-            command.main()
+            command.call()
         except SystemExit as stop:
             code = int(stop.code or 0)
     return code, out.getvalue(), err.getvalue()
