@@ -27,6 +27,7 @@ fi
 "$bin/python" bench/routed_mlp.py --out "$out"
 "$bin/python" bench/train_step.py --out "$out"
 "$bin/python" bench/sparse_heads.py --out "$out"
+OMP_NUM_THREADS=1 "$bin/python" bench/project_heads.py --repeats 31 --out "$out"
 "$bin/python" bench/tune_record.py --out "$out"
 "$bin/python" bench/scaling.py --out "$out"
 "$bin/python" bench/checkpoint.py --out "$out" --work .bench

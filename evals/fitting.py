@@ -29,7 +29,8 @@ def bytes_per_token(config: Any) -> int:
     visited = getattr(config, "num_experts_per_tok", None)
     if visited is None and hasattr(config, "mlp_spec"):
         specs = [config.mlp_spec(i) for i in range(layers)]
-        visited = max(getattr(spec, "top_k", 1) for spec in specs)
+        mean = [getattr(spec, "mean_experts", 0) for spec in specs]  # where none is fixed
+        visited = max(getattr(spec, "top_k", 1) or m for spec, m in zip(specs, mean, strict=True))
     inner = 3 * config.intermediate_size * (visited or 1)
     attention = 4 * config.num_attention_heads * width
     # log-softmax is taken of all logits at once, in float32 inside where they are shorter

@@ -51,6 +51,24 @@ def one_device(what: str, *tensors: Tensor | None) -> None:
         raise ValueError(f"{what}'s tensors are on {' and '.join(sorted(devices))}.")
 
 
+def projection(x_TH: Tensor, weight_OH: Tensor, bias_O: Tensor | None, on_TN: Tensor) -> None:
+    tokens, hidden = x_TH.shape
+    rows, heads = len(weight_OH), on_TN.shape[-1]
+    if weight_OH.shape[1] != hidden or on_TN.shape != (tokens, heads) or rows % max(heads, 1):
+        raise ValueError(
+            f"project_heads shapes disagree: x {tuple(x_TH.shape)}, weight "
+            f"{tuple(weight_OH.shape)}, on {tuple(on_TN.shape)}. Expected [T, H], [N · d, H] and "
+            "[T, N]."
+        )
+    if bias_O is not None and bias_O.shape != (rows,):
+        raise ValueError(f"project_heads: bias {tuple(bias_O.shape)}, expected ({rows},).")
+    if on_TN.dtype != torch.bool:
+        raise ValueError(f"project_heads: on is {on_TN.dtype}, not bool.")
+    if x_TH.dtype != weight_OH.dtype:
+        raise ValueError(f"project_heads dtypes differ: x {x_TH.dtype}, {weight_OH.dtype}.")
+    one_device("project_heads", x_TH, weight_OH, bias_O, on_TN)
+
+
 def heads(
     q_BSNd: Tensor,
     k_BLGd: Tensor,

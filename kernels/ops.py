@@ -40,9 +40,12 @@ __all__ = [
     "gate_heads",
     "limit_load",
     "pack",
+    "project_heads",
+    "projection_share",
     "route",
     "routed_mlp",
     "routes_at_once",
+    "select_above",
     "select_top_k",
     "sort_pairs",
     "sparse_share",
@@ -63,6 +66,10 @@ forced_backend = forced
 # as fast at 8k, 1.38 at 32k, a loss at 2k) and bench/results/sparse_heads.md.
 CUDA_SHARES: tuple[tuple[int, float], ...] = ((32768, 0.6), (8192, 0.5))
 CPU_SHARES: tuple[tuple[int, float], ...] = ((512, 0.5),)
+# The same for projections on a CPU, bench/results/project_heads.md. A list of rows wants many of
+# them; a single token does little but read weights, so that fewer heads pay from a size on.
+PROJECTION_ROWS, PROJECTION_SHARE = 256, 0.5
+HEAD_WEIGHTS, SINGLE_SHARE = 2**18, 0.75
 FORCED_SHARE = 0.6  # with MOE_KERNELS=triton, whatever the length
 HEAD_SIZE = 128  # the largest that the attention kernels have tilings for
 weigh = route_naive.weigh
@@ -81,6 +88,17 @@ def select_top_k(scores: Tensor, k: int) -> Tensor:
 @select_top_k.register_fake
 def _(scores: Tensor, k: int) -> Tensor:
     return scores.new_empty(*scores.shape[:-1], k, dtype=torch.int64)
+
+
+@torch.library.custom_op("moe::select_above", mutates_args=())
+def select_above(scores: Tensor, threshold: float) -> Tensor:
+    """Which scores reach a threshold, an op of its own for the same reason."""
+    return scores >= threshold
+
+
+@select_above.register_fake
+def _(scores: Tensor, threshold: float) -> Tensor:
+    return scores.new_empty(scores.shape, dtype=torch.bool)
 
 
 @torch.library.custom_op("moe::limit_load", mutates_args=())
@@ -277,6 +295,35 @@ def sparse_share(device: torch.device, dtype: torch.dtype, length: int) -> float
     else:
         table = CPU_SHARES if device.type == "cpu" and forced() != "naive" else ()
     return next((share for tokens, share in table if length >= tokens), 0.0)
+
+
+def projection_share(device: torch.device, rows: int, weights: int) -> float:
+    """Up to which share of heads on `project_heads` pays, against projecting all of them.
+
+    `rows` tokens, and `weights` numbers in one head's part of the matrix. 0 where it never does.
+    """
+    if device.type != "cpu" or forced() == "naive":
+        return 0.0
+    if rows == 1 and weights >= HEAD_WEIGHTS:
+        return SINGLE_SHARE
+    return PROJECTION_SHARE if rows >= PROJECTION_ROWS else 0.0
+
+
+def project_heads(x_TH: Tensor, weight_OH: Tensor, bias_O: Tensor | None, on_TN: Tensor) -> Tensor:
+    """Projections [T, N, d] of x by the heads that are on, zeros where they are off.
+
+    The weight [N · d, H] has a head's rows together, bias [N · d] if any. Heads that are off are
+    not computed on a CPU and give no gradient anywhere. Under autocast x, weight and bias are cast
+    as a matmul's would be. Raises ValueError where shapes or dtypes do not agree.
+    """
+    if torch.is_autocast_enabled(x_TH.device.type):
+        dtype = _cast_to(x_TH)
+        x_TH, weight_OH = x_TH.to(dtype), weight_OH.to(dtype)
+        bias_O = None if bias_O is None else bias_O.to(dtype)
+    checks.projection(x_TH, weight_OH, bias_O, on_TN)
+    if x_TH.device.type != "cpu" or forced() == "naive":
+        return heads_naive.project_heads(x_TH, weight_OH, bias_O, on_TN)
+    return heads_op.project_heads(x_TH, weight_OH, bias_O, on_TN)
 
 
 def gate_heads(heads_BSNd: Tensor, gate_BSN: Tensor) -> Tensor:

@@ -29,6 +29,7 @@ MODELS: dict[str, tuple[Any, Any]] = {
         {"kind": "uoe", "num_experts": 3, "top_k": 2},
         {"kind": "uoe", "num_experts": 4, "top_k": 2},
     ),
+    "budgets": (tiny.THRESHOLD, tiny.BUDGET),
 }
 DISTRIBUTIONS = ("balanced", "skewed", "empty")
 TOKENS = tiny.tokens(4, 12)
@@ -84,7 +85,9 @@ class Case:
 
 @contextmanager
 def distributed_as(distribution: str) -> Iterator[None]:
-    """skewed: every token chooses the first experts; empty: none chooses the last."""
+    """skewed: every token chooses the first experts, of a threshold all of them; empty: none
+    chooses the last, or none at all.
+    """
     choose = ops.select_top_k
 
     def chosen(scores: Tensor, k: int) -> Tensor:
@@ -96,7 +99,16 @@ def distributed_as(distribution: str) -> Iterator[None]:
             scores = scores.masked_fill(last, -1e9) if scores.shape[-1] > k else scores
         return choose(scores, k)
 
-    with mock.patch.object(ops, "select_top_k", chosen):
+    above = ops.select_above
+
+    def reached(scores: Tensor, threshold: float) -> Tensor:
+        far = {"skewed": 1e9, "empty": -1e9}.get(distribution, 0.0)
+        return above(scores + far, threshold)
+
+    with (
+        mock.patch.object(ops, "select_top_k", chosen),
+        mock.patch.object(ops, "select_above", reached),
+    ):
         yield
 
 

@@ -41,6 +41,11 @@ FAMILIES: dict[str, tuple[type[PreTrainedConfig], dict[str, Any]]] = {
 
 MOH = {"kind": "moh", "shared_heads": [0, 1, 4], "top_k": 3}
 TWO_STAGE = {**MOH, "router": "two_stage"}
+CALIBRATED = {**MOH, "router": "calibrated"}
+THRESHOLD = {"kind": "moh", "router": "calibrated", "budget": "threshold", "shared_heads": [1],
+             "mean_heads": 5.5}  # fmt: skip
+BUDGET = {"kind": "uoe", "num_experts": 4, "mode": "budget", "mean_experts": 2, "router_bias": True}
+GROUPS_ON = {**THRESHOLD, "granularity": "kv_group", "mean_heads": 2}
 MOE = {"kind": "moe", "num_experts": 4, "top_k": 2}
 
 

@@ -6,6 +6,13 @@ size.
 
 import torch
 from torch import Tensor
+from torch.nn import functional as F
+
+
+def project_heads(x_TH: Tensor, weight_OH: Tensor, bias_O: Tensor | None, on_TN: Tensor) -> Tensor:
+    """Projections [T, N, d] of the heads that are on, zeros where they are off; O = N · d."""
+    heads_TNd = F.linear(x_TH, weight_OH, bias_O).unflatten(-1, (on_TN.shape[1], -1))
+    return torch.where(on_TN[..., None], heads_TNd, 0.0)
 
 
 def gate_heads(heads_BSNd: Tensor, gate_BSN: Tensor) -> Tensor:

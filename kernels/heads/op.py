@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from moe.kernels.backend import triton_module
-from moe.kernels.heads import cpu
+from moe.kernels.heads import cpu, projecting
 
 
 def _rows(listed: list[Tensor]) -> Any:
@@ -257,3 +257,40 @@ def _differentiate_gate(ctx: Any, dout: Tensor) -> tuple[Tensor, Tensor]:
 
 
 gate_heads.register_autograd(_differentiate_gate, setup_context=_save_gate)
+
+
+@torch.library.custom_op("moe::project_heads", mutates_args=())
+def project_heads(x: Tensor, weight: Tensor, bias: Tensor | None, on: Tensor) -> Tensor:
+    """Projections [T, N, d] of the heads that are on (heads/projecting.py)."""
+    return projecting.forward(x, weight, bias, on)
+
+
+@project_heads.register_fake
+def _(x: Tensor, weight: Tensor, bias: Tensor | None, on: Tensor) -> Tensor:
+    return x.new_empty(*on.shape, weight.shape[0] // on.shape[1])
+
+
+@torch.library.custom_op("moe::project_heads_backward", mutates_args=())
+def _unproject(
+    dout: Tensor, x: Tensor, weight: Tensor, on: Tensor
+) -> tuple[Tensor, Tensor, Tensor]:
+    return projecting.backward(dout, x, weight, on)
+
+
+@_unproject.register_fake
+def _(dout: Tensor, x: Tensor, weight: Tensor, on: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    return torch.empty_like(x), torch.empty_like(weight), dout.new_empty(len(weight))
+
+
+def _save_projection(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+    x, weight, _, on = inputs
+    ctx.save_for_backward(x, weight, on)
+
+
+def _differentiate_projection(ctx: Any, dout: Tensor) -> tuple[Tensor | None, ...]:
+    found = _unproject(dout, *ctx.saved_tensors)
+    needed = zip(found, ctx.needs_input_grad[:3], strict=True)
+    return *(t if need else None for t, need in needed), None
+
+
+project_heads.register_autograd(_differentiate_projection, setup_context=_save_projection)

@@ -21,6 +21,7 @@ from moe.engines.base import Entry, Kind
 from moe.engines.deepspeed_json import check, generate
 from moe.engines.parameters import adamw, kept_buffers, parameter_groups, prepare
 from moe.errors import UserError
+from moe.model.attention import RoutedAttention
 from moe.model.experts import Experts, RoutedMLP
 from moe.model.union_attention import UnionAttention
 from moe.parallel.exchange import AllToAll
@@ -103,9 +104,10 @@ class DeepSpeedEngine:
         # an operation for inference, which it would compile at every first start
         deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
         for module in self.model.modules():
-            if self.stage == 3 and isinstance(module, UnionAttention):
-                # it reads the weights of the modules inside it, without calling them
-                for inner in (module.q_proj, module.k_proj, module.v_proj, module.o_proj):
+            if self.stage == 3 and isinstance(module, RoutedAttention):
+                # it may read the weights of modules inside it, without calling them
+                more = module.k_proj, module.v_proj, module.o_proj
+                for inner in (module.q_proj, *more * isinstance(module, UnionAttention)):
                     for parameter in inner.parameters():
                         deepspeed.zero.register_external_parameter(module, parameter)
         deepspeed.init_distributed(auto_mpi_discovery=False, verbose=False)

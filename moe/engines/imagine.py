@@ -28,6 +28,7 @@ from moe.errors import UserError, problem
 from moe.kernels import ops
 from moe.model import RoutedLlamaConfig, RoutedLlamaForCausalLM
 from moe.model.experts import RoutedMLP
+from moe.model.spec import routed_on
 from moe.model.union import UnionRouter
 from moe.model.union_attention import UnionAttention
 from moe.parallel.exchange import AllToAll, buffer_bytes
@@ -204,7 +205,8 @@ def _answer(model: nn.Module, expected: Expected, length: int) -> None:
             module.register_forward_pre_hook(before(share))
         elif isinstance(module, RoutedMLP):
             if isinstance(module.router, UnionRouter):
-                share = module.router.top_k / module.router.spec.num_experts
+                spec = module.router.spec
+                share = (module.router.top_k or routed_on(spec)) / spec.num_experts
                 module.register_forward_pre_hook(before(share))
             if isinstance(module.dispatcher, AllToAll):
                 module.dispatcher = _balanced(module.dispatcher)

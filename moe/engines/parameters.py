@@ -102,7 +102,11 @@ def limit_experts(model: nn.Module, capacity: float | None) -> None:
     if not routed:
         raise UserError(f"parallel.capacity={capacity:g}, but the model has no routed MLP.")
     specs = [m.router.spec for m in routed]
-    modes = {s.mode for s in specs if isinstance(s, UoEMLP)} & {"threshold", "expert_choice"}
+    modes = {s.mode for s in specs if isinstance(s, UoEMLP)} & {
+        "threshold",
+        "expert_choice",
+        "budget",
+    }
     if modes:
         raise UserError(
             f"parallel.capacity={capacity:g}: mlp.mode={', '.join(sorted(modes))} gives a token no "

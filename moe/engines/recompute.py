@@ -13,7 +13,8 @@ from moe.model.experts import Experts
 
 # What a recomputed layer must find again: a router's near-tie must not fall the other way.
 CHOICES = tuple(
-    getattr(torch.ops.moe, name).default for name in ("select_top_k", "route", "limit_load")
+    getattr(torch.ops.moe, name).default
+    for name in ("select_top_k", "select_above", "route", "limit_load")
 )
 
 

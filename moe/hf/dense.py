@@ -112,6 +112,8 @@ def _moh_problems(config: RoutedLlamaConfig, spec: MoHAttention) -> list[str]:
     units = config.num_key_value_heads if grouped else config.num_attention_heads
     assert units is not None
     routed = len(spec.routed_heads(units))
+    if spec.budget == "threshold":
+        return ["attention.budget=threshold leaves out heads by their scores."]
     if spec.top_k < routed:
         return [f"attention.top_k={spec.top_k} leaves out {routed - spec.top_k} of {units}."]
     if spec.routed_scale != 1:
@@ -121,8 +123,8 @@ def _moh_problems(config: RoutedLlamaConfig, spec: MoHAttention) -> list[str]:
 
 def _union_problems(spec: UoEAttention | UoEMLP) -> list[str]:
     found, part = [], spec.part
-    if isinstance(spec, UoEMLP) and spec.mode == "threshold":
-        found.append("mlp.mode=threshold leaves out experts by their scores.")
+    if isinstance(spec, UoEMLP) and spec.mode in ("threshold", "budget"):
+        found.append(f"mlp.mode={spec.mode} leaves out experts by their scores.")
     elif spec.top_k < spec.num_experts:
         left_out = spec.num_experts - spec.top_k
         found.append(

@@ -11,7 +11,15 @@ from moe.hf.families import routed_config
 from moe.hf.native import HOMES, from_native
 from moe.model import AttentionSpec, RoutedLlamaConfig
 from moe.model.accounting import flops_per_token, parameter_counts
-from moe.model.spec import BAMAttention, DenseMLP, MoEMLP, MoHAttention, UoEAttention
+from moe.model.spec import (
+    BAMAttention,
+    DenseMLP,
+    MoEMLP,
+    MoHAttention,
+    UoEAttention,
+    UoEMLP,
+    routed_on,
+)
 from moe.upcycle.receipt import Receipt
 from moe.upcycle.source import read_config
 
@@ -68,23 +76,27 @@ def _layer(config: RoutedLlamaConfig, index: int) -> dict[str, Any]:
     found: dict[str, Any] = {"kind": mlp.kind, "experts": experts, "top_k": top_k}
     if isinstance(mlp, MoEMLP) and mlp.limited:
         found |= {"groups": mlp.num_groups, "top_groups": mlp.top_groups}
+    if isinstance(mlp, UoEMLP) and mlp.mode == "budget":
+        found["mean"] = mlp.mean_experts
     return {"attention": _attention(config, config.attention_spec(index)), "mlp": found}
 
 
 def _attention(config: RoutedLlamaConfig, spec: AttentionSpec) -> dict[str, Any]:
     """What competes in an attention: heads, KV groups, or whole attentions."""
     experts = top_k = config.num_attention_heads
-    shared = 0
+    shared, mean = 0, {}
     if isinstance(spec, MoHAttention):
         if spec.granularity == "kv_group":
             assert config.num_key_value_heads is not None
             experts = config.num_key_value_heads
         top_k, shared = spec.top_k, len(spec.shared_heads)
+        if spec.budget == "threshold":
+            mean = {"mean": routed_on(spec)}
     elif isinstance(spec, BAMAttention):
         experts = top_k = spec.num_experts
     elif isinstance(spec, UoEAttention):
         experts, top_k = spec.num_experts, spec.top_k
-    return {"kind": spec.kind, "experts": experts, "top_k": top_k, "shared": shared}
+    return {"kind": spec.kind, "experts": experts, "top_k": top_k, "shared": shared, **mean}
 
 
 def describe(folder: Path, found: dict[str, Any]) -> str:
@@ -124,14 +136,19 @@ def _describe_layer(layer: dict[str, Any]) -> str:
     heads = f"dense attention, {attention['experts']} heads"
     if attention["kind"] == "moh":
         heads = (
-            f"moh, {attention['shared']} shared + {attention['top_k']} routed of "
+            f"moh, {attention['shared']} shared + {_number(attention)} routed of "
             f"{attention['experts']}"
         )
     elif attention["kind"] != "dense":
         heads = f"{attention['kind']}, {attention['top_k']} of {attention['experts']} attentions"
     experts = "dense MLP"
     if mlp["kind"] != "dense":
-        experts = f"{mlp['kind']}, {mlp['top_k']} of {mlp['experts']} experts"
+        experts = f"{mlp['kind']}, {_number(mlp)} of {mlp['experts']} experts"
         if "groups" in mlp:
             experts += f" in {mlp['top_groups']} of {mlp['groups']} groups"
     return f"{heads}; {experts}"
+
+
+def _number(part: dict[str, Any]) -> str:
+    """How many of a part's units are on per token, where no number is fixed their mean."""
+    return f"a mean of {part['mean']:.3g}" if "mean" in part else str(part["top_k"])

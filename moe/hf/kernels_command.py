@@ -90,7 +90,7 @@ def sizes_of(folder: Path, tokens: int, dtype: str) -> "list[Sizes]":
     from moe.hf.native import HOMES, from_native
     from moe.kernels.tune import Sizes
     from moe.model.attention import heads_on, widened
-    from moe.model.spec import BAMAttention, DenseMLP, MoHAttention, UoEAttention
+    from moe.model.spec import BAMAttention, DenseMLP, MoHAttention, UoEAttention, routed_on
     from moe.upcycle.source import read_config
 
     source = read_config(folder)
@@ -100,7 +100,8 @@ def sizes_of(folder: Path, tokens: int, dtype: str) -> "list[Sizes]":
         mlp, attention = config.mlp_spec(layer), config.attention_spec(layer)
         if not isinstance(mlp, DenseMLP):
             assert mlp.intermediate_size is not None
-            sizes = config.hidden_size, mlp.intermediate_size, mlp.num_experts, mlp.top_k
+            k = max(1, round(routed_on(mlp)))
+            sizes = config.hidden_size, mlp.intermediate_size, mlp.num_experts, k
             found.append(Sizes(tokens, *sizes, dtype=dtype))
         if isinstance(attention, UoEAttention) and dtype != "float32":
             parts = attention.num_experts
@@ -115,7 +116,7 @@ def sizes_of(folder: Path, tokens: int, dtype: str) -> "list[Sizes]":
                 "kv_heads": wide.num_key_value_heads,
                 "head_size": config.head_dim,
             }
-            on = heads_on(attention, heads["heads"], heads["kv_heads"])
+            on = round(heads_on(attention, heads["heads"], heads["kv_heads"]))
             some = on if on < heads["heads"] else 0
             found.append(Sizes(tokens, 0, 0, 0, 0, **heads, heads_on=some, dtype=dtype))
     if not found:

@@ -11,11 +11,14 @@ from moe.model.spec import (
     MLPSpec,
     MoHAttention,
     UoEAttention,
+    routed_on,
 )
 
 
 class ParameterCounts(NamedTuple):
-    """`active` is what one token uses: its experts, its heads' rows of the output projection."""
+    """`active` is what one token uses, on average where budgets are means: its experts, its heads'
+    rows of the output projection.
+    """
 
     total: int
     active: int
@@ -38,8 +41,9 @@ def parameter_counts(config: RoutedLlamaConfig) -> ParameterCounts:
 
 
 def attention_parameters(config: RoutedLlamaConfig, spec: AttentionSpec) -> ParameterCounts:
-    """Of one attention. MoH needs every query, key and value projection, o_proj only in part; of a
-    union of experts a token uses its experts' parts of all four; BAM uses everything.
+    """Of one attention. MoH needs every key and value projection, o_proj only in part, and so the
+    queries' where the router is calibrated, for it reads none; of a union of experts a token uses
+    its experts' parts of all four; BAM uses everything.
     """
     wide = widened(config, spec)
     hidden, head_dim = config.hidden_size, config.head_dim
@@ -54,17 +58,23 @@ def attention_parameters(config: RoutedLlamaConfig, spec: AttentionSpec) -> Para
     if isinstance(spec, MoHAttention) and spec.router == "two_stage":
         shared = len(spec.shared_heads)
         always += hidden * (heads - shared + (shared + 2 if shared else 0))
+    if isinstance(spec, MoHAttention) and spec.router == "calibrated":
+        units = kv_heads if spec.granularity == "kv_group" else heads
+        always += len(spec.routed_heads(units)) * (hidden + 1)
     if isinstance(spec, BAMAttention | UoEAttention):
-        always += spec.num_experts * hidden
+        always += spec.num_experts * (hidden + getattr(spec, "router_bias", False))
     total = always + qkv + rows
     if isinstance(spec, UoEAttention):
         return ParameterCounts(total, always + (qkv + rows) * spec.top_k // spec.num_experts)
-    used = active_heads(config, spec) * head_dim * hidden
-    return ParameterCounts(total, always + qkv + used)
+    on = active_heads(config, spec)
+    used = on * head_dim * hidden
+    if isinstance(spec, MoHAttention) and spec.router == "calibrated":
+        used -= (heads - on) * head_dim * (hidden + bool(config.attention_bias))
+    return ParameterCounts(total, always + qkv + round(used))
 
 
-def active_heads(config: RoutedLlamaConfig, spec: AttentionSpec) -> int:
-    """Query heads whose output a token uses."""
+def active_heads(config: RoutedLlamaConfig, spec: AttentionSpec) -> float:
+    """Query heads whose output a token uses, on average where a budget is a mean."""
     wide = widened(config, spec)
     heads, kv_heads = wide.num_attention_heads, wide.num_key_value_heads
     assert kv_heads is not None
@@ -72,7 +82,7 @@ def active_heads(config: RoutedLlamaConfig, spec: AttentionSpec) -> int:
         return heads * spec.top_k // spec.num_experts
     if isinstance(spec, MoHAttention):
         group = heads // kv_heads if spec.granularity == "kv_group" else 1
-        return group * (len(spec.shared_heads) + spec.top_k)
+        return group * (len(spec.shared_heads) + routed_on(spec))
     return heads
 
 
@@ -86,9 +96,9 @@ def mlp_parameters(config: RoutedLlamaConfig, spec: MLPSpec) -> ParameterCounts:
     assert spec.intermediate_size is not None
     expert = 3 * hidden * spec.intermediate_size
     always = spec.num_experts * hidden + 3 * hidden * spec.shared_intermediate_size
-    return ParameterCounts(
-        always + spec.num_experts * expert, always + min(spec.top_k, spec.num_experts) * expert
-    )
+    always += getattr(spec, "router_bias", False) * spec.num_experts
+    used = round(min(routed_on(spec), spec.num_experts) * expert)
+    return ParameterCounts(always + spec.num_experts * expert, always + used)
 
 
 def flops_per_token(config: RoutedLlamaConfig, sequence_length: int) -> float:

@@ -21,8 +21,8 @@ from transformers.models.llama.modeling_llama import (
 from moe.kernels import ops
 from moe.model.config import RoutedLlamaConfig
 from moe.model.losses import RoutingLoad
-from moe.model.router import attention_router
-from moe.model.spec import AttentionSpec, BAMAttention, MoHAttention
+from moe.model.router import NormRouter, attention_router
+from moe.model.spec import AttentionSpec, BAMAttention, MoHAttention, routed_on
 
 
 class HeadSplit(Protocol):
@@ -78,13 +78,14 @@ class RoutedAttention(LlamaAttention):
         spec = config.attention_spec(layer)
         wide = widened(config, spec)
         super().__init__(wide, layer)
-        moh = spec if isinstance(spec, MoHAttention) and spec.router == "qnorm" else None
+        moh = spec if isinstance(spec, MoHAttention) and spec.router != "two_stage" else None
         # a straight-through router learns from what heads would have been worth
         self.learns_from_heads_that_are_off = moh is not None and moh.straight_through == "all"
         self.config = config  # the model's own: its attention implementation can be changed
         assert config.layer_types is not None and wide.num_key_value_heads is not None
         num_heads, head_dim = wide.num_attention_heads, self.head_dim
         self.heads_on = heads_on(spec, num_heads, wide.num_key_value_heads)
+        self.varies = moh is not None and moh.budget == "threshold"  # heads_on is then a mean
         if config.attention_output_bias != config.attention_bias:  # Qwen2: q, k and v only
             self.o_proj = nn.Linear(
                 num_heads * head_dim, config.hidden_size, bias=bool(config.attention_output_bias)
@@ -120,16 +121,11 @@ class RoutedAttention(LlamaAttention):
         """
         batch, length, _ = x_BSH.shape
         inner_BSH = self.split.enter(x_BSH)
-        q_BSNd, k_BSGd, v_BSGd = (
+        q_BSNd, gate, load = self._route(x_BSH, inner_BSH, valid_T, reference_R)
+        k_BSGd, v_BSGd = (
             projection(inner_BSH).view(batch, length, -1, self.head_dim)
-            for projection in (self.q_proj, self.k_proj, self.v_proj)
+            for projection in (self.k_proj, self.v_proj)
         )
-        gate, load = None, None
-        if self.router is not None:
-            # before q_norm and RoPE: a normed query's length says nothing
-            query_TNd = q_BSNd.flatten(0, 1)
-            gate, load = self.router(x_BSH.flatten(0, 1), query_TNd, valid_T, reference_R)
-            gate = self.split.take(gate)
         if self.q_norm is not None and self.k_norm is not None:
             q_BSNd, k_BSGd = self.q_norm(q_BSNd), self.k_norm(k_BSGd)
         query, key, value = (t.transpose(1, 2) for t in (q_BSNd, k_BSGd, v_BSGd))
@@ -163,20 +159,53 @@ class RoutedAttention(LlamaAttention):
             heads_BSNd = ops.gate_heads(heads_BSNd, gate.view(batch, length, -1))
         return self.o_proj(heads_BSNd.reshape(batch, length, -1)), weights, load
 
+    def _route(
+        self, x_BSH: Tensor, inner_BSH: Tensor, valid_T: Tensor | None, reference_R: Tensor | None
+    ) -> tuple[Tensor, Tensor | None, RoutingLoad | None]:
+        """Queries [B, S, N, d] and gate [T, N] of the local heads, and the load of all."""
+        if self.router is None:
+            return self._queries(inner_BSH, None), None, None
+        q_BSNd = query_TNd = None
+        if isinstance(self.router, NormRouter):
+            # before q_norm and RoPE: a normed query's length says nothing
+            q_BSNd = self._queries(inner_BSH, None)
+            query_TNd = q_BSNd.flatten(0, 1)
+        gate, load = self.router(x_BSH.flatten(0, 1), query_TNd, valid_T, reference_R)
+        gate = self.split.take(gate)
+        if q_BSNd is None:
+            q_BSNd = self._queries(inner_BSH, gate)
+        return q_BSNd, gate, load
+
+    def _queries(self, x_BSH: Tensor, gate_TN: Tensor | None) -> Tensor:
+        """Queries [B, S, N, d] of the local heads; zeros for what is off, where that pays."""
+        shape = *x_BSH.shape[:2], -1, self.head_dim
+        if gate_TN is not None and not self._asks(gate_TN):
+            heads = gate_TN.shape[1] * self.split.parts
+            weights = self.head_dim * x_BSH.shape[2]
+            share = ops.projection_share(x_BSH.device, len(gate_TN), weights)
+            if self.heads_on <= share * heads:
+                given = x_BSH.flatten(0, 1), *self.split.held(self.q_proj)
+                return ops.project_heads(*given, gate_TN.detach() != 0).view(shape)
+        return self.q_proj(x_BSH).view(shape)
+
+    def _asks(self, gate: Tensor) -> bool:
+        """Whether heads that are off are asked for what they would have been worth."""
+        return self.learns_from_heads_that_are_off and gate.requires_grad
+
     def _heads_on(self, gate_BSN: Tensor, query: Tensor) -> tuple[Tensor | None, int | None]:
         """Which heads to compute and how many at most; None where leaving some out does not pay."""
         batch, length, local = gate_BSN.shape
         heads = local * self.split.parts
-        asks = self.learns_from_heads_that_are_off and gate_BSN.requires_grad
         if length == 1 and ops.attends_heads(query) and not torch.is_grad_enabled():
             # what takes time is reading keys and values, so any head less pays
             pays = self.heads_on < heads
         else:
             share = ops.sparse_share(query.device, query.dtype, length)
             pays = self.heads_on <= share * heads
-        if asks or not pays:
+        if self._asks(gate_BSN) or not pays:
             return None, None
-        return gate_BSN.detach() != 0, batch * length * min(self.heads_on, local)
+        most = local if self.varies else min(round(self.heads_on), local)
+        return gate_BSN.detach() != 0, batch * length * most
 
     def _attend_gated(
         self,
@@ -199,12 +228,12 @@ class RoutedAttention(LlamaAttention):
         return ops.attend_heads(*given, gate_BSN, on_BSN, most)
 
 
-def heads_on(spec: AttentionSpec, heads: int, kv_heads: int) -> int:
-    """Heads of `heads` that have a gate other than 0 per token."""
+def heads_on(spec: AttentionSpec, heads: int, kv_heads: int) -> float:
+    """Heads of `heads` that have a gate other than 0 per token, on average."""
     if not isinstance(spec, MoHAttention):
         return heads
-    units = spec.top_k + len(spec.shared_heads)
-    return units if spec.granularity == "head" else units * heads // kv_heads
+    units = routed_on(spec) + len(spec.shared_heads)
+    return units if spec.granularity == "head" else units * heads / kv_heads
 
 
 def reach(position_ids: Tensor, attention_mask: Tensor | None, past: int) -> Tensor | None:

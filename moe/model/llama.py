@@ -4,8 +4,10 @@ model = RoutedLlamaForCausalLM.from_pretrained(folder)
 output = model(input_ids, labels=input_ids)   # .loss, .router_loss, .routing
 """
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
+from statistics import NormalDist
 from typing import Any
 
 import torch
@@ -32,8 +34,8 @@ from moe.model.cache import CACHE
 from moe.model.config import RoutedLlamaConfig
 from moe.model.experts import Experts, RoutedMLP, memory_of
 from moe.model.losses import LayerLoad, LayerRouting, RoutingLoad, weighed
-from moe.model.router import ExpertRouter, SoftRouter
-from moe.model.spec import DenseMLP, UoEAttention
+from moe.model.router import CalibratedRouter, ExpertRouter, SoftRouter
+from moe.model.spec import DenseMLP, UoEAttention, routed_on
 from moe.model.union import UnionRouter
 from moe.model.union_attention import UnionAttention
 
@@ -127,11 +129,25 @@ class RoutedLlamaPreTrainedModel(PreTrainedModel):
     @torch.no_grad()
     def _init_weights(self, module: nn.Module) -> None:
         super()._init_weights(module)
-        if isinstance(module, Experts | ExpertRouter | SoftRouter | UnionRouter):
+        routers = CalibratedRouter, ExpertRouter, SoftRouter, UnionRouter
+        if isinstance(module, (Experts, *routers)):
             for parameter in module.parameters(recurse=False):
-                init.normal_(parameter, std=self.config.initializer_range)
+                if parameter.ndim > 1:
+                    init.normal_(parameter, std=self.config.initializer_range)
+        if isinstance(module, CalibratedRouter | UnionRouter) and module.bias is not None:
+            init.constant_(module.bias, self._first_bias(module))
         if isinstance(module, ExpertRouter | UnionRouter) and module.selection_bias is not None:
             init.zeros_(module.selection_bias)
+
+    def _first_bias(self, router: CalibratedRouter | UnionRouter) -> float:
+        """0, or for a threshold the bias with which a fresh router keeps its budget: the scores of
+        a normed input of H numbers have deviation std · √H.
+        """
+        if not router.thresholds:
+            return 0.0
+        share = min(routed_on(router.spec) / len(router.weight), 0.999)  # all of them: not infinite
+        std = self.config.initializer_range * math.sqrt(self.config.hidden_size)
+        return std * NormalDist().inv_cdf(share)
 
 
 class RoutedLlamaModel(RoutedLlamaPreTrainedModel):

@@ -22,7 +22,7 @@ class RoutingLoad(NamedTuple):
     probability: Tensor  # [E] router probability summed over tokens
     entropy: Tensor  # [] nats, summed over tokens
     tokens: Tensor  # [] tokens counted
-    balance: Tensor  # [] balance loss, mean over tokens, before its coefficient
+    balance: Tensor  # [] balance loss (or a budget's), mean over tokens, before its coefficient
     z: Tensor  # [] mean squared logsumexp of the logits; 0 for a router without logits
     dropped: Tensor | None = None  # [] choices (counted above) without room, where it is limited
 
@@ -88,6 +88,20 @@ def measure(
         balance=scale * (mean_E @ fraction_E),
         z=z,
     )
+
+
+def keep_budget(
+    load: RoutingLoad, on_TE: Tensor, valid_T: Tensor | None, aim: float
+) -> RoutingLoad:
+    """The load with a budget's loss in the place of its balance: (kept / aim - 1)².
+
+    kept is how many of `on_TE` (0 or 1, with a straight-through gradient) a token has on average.
+    """
+    kept_T = on_TE.sum(-1)
+    if valid_T is not None:
+        kept_T = kept_T * valid_T
+    kept = kept_T.sum() / load.tokens.clamp(min=1)
+    return load._replace(balance=(kept / aim - 1).square())
 
 
 def summed(routed: ops.Routed, k: int, reference_E: Tensor | None) -> RoutingLoad:

@@ -12,8 +12,8 @@ import torch
 from torch import Tensor, nn
 
 from moe.kernels import ops
-from moe.model.losses import RoutingLoad, measure, summed
-from moe.model.spec import AttentionSpec, BAMAttention, MoEMLP, MoHAttention
+from moe.model.losses import RoutingLoad, keep_budget, measure, summed
+from moe.model.spec import AttentionSpec, BAMAttention, MoEMLP, MoHAttention, routed_on
 from moe.model.steering import ALWAYS, Steering, add, reweigh
 
 
@@ -88,12 +88,7 @@ class NormRouter(nn.Module):
         logits_TR = standardise(norm_TR, spec)
         probability_TR, indices_TK = choose_routed(logits_TR, spec.top_k, self.units, self.steering)
         mask_TR = torch.zeros_like(probability_TR).scatter_(-1, indices_TK, 1.0)
-        surrogate_TR = probability_TR
-        if spec.straight_through == "selected":
-            surrogate_TR = torch.where(mask_TR > 0, probability_TR, probability_TR.detach())
-        routed_TR = spec.routed_scale * straight_through(mask_TR, surrogate_TR)
-        shared_TS = routed_TR.new_ones(len(routed_TR), len(spec.shared_heads))
-        gate_TU = reweigh(self.units.merge(shared_TS, routed_TR), self.steering)
+        gate_TU = reweigh(hard_gate(mask_TR, probability_TR, self.units, spec), self.steering)
         reference_R = reference_R if spec.balance_scope == "global" else None
         load = measure(probability_TR, indices_TK, valid_T, spec.balance_norm, reference_R)
         return gate_TU.repeat_interleave(self.group_size, dim=1), load
@@ -103,6 +98,17 @@ class NormRouter(nn.Module):
         return norm_TU
 
 
+def hard_gate(
+    mask_TR: Tensor, probability_TR: Tensor, units: Columns, spec: MoHAttention
+) -> Tensor:
+    """Gate [T, U]: routed units by their mask, with the gradient of their probability, shared 1."""
+    surrogate_TR = probability_TR
+    if spec.straight_through == "selected":
+        surrogate_TR = torch.where(mask_TR > 0, probability_TR, probability_TR.detach())
+    routed_TR = spec.routed_scale * straight_through(mask_TR, surrogate_TR)
+    return units.merge(routed_TR.new_ones(len(routed_TR), len(spec.shared_heads)), routed_TR)
+
+
 def choose_routed(
     logits_TR: Tensor, k: int, units: Columns, steering: Steering | None
 ) -> tuple[Tensor, Tensor]:
@@ -110,10 +116,17 @@ def choose_routed(
     if steering is None or not steering.chooses:
         probability_TR = logits_TR.softmax(-1)
         return probability_TR, ops.select_top_k(probability_TR.detach(), k)
+    logits_TR, choice_TR = steered(logits_TR, units, steering)
+    return logits_TR.softmax(-1), ops.select_top_k(choice_TR, k)
+
+
+def steered(logits_TR: Tensor, units: Columns, steering: Steering | None) -> tuple[Tensor, Tensor]:
+    """Logits [T, R] that scores are made of, and those that are chosen by."""
+    if steering is None:
+        return logits_TR, logits_TR.detach()
     places = [None if t is None else t[list(units.routed)] for t in steering[:3]]
     logits_TR = add(logits_TR, places[0])
-    choice_TR = add(add(logits_TR.detach(), places[1]), places[2])
-    return logits_TR.softmax(-1), ops.select_top_k(choice_TR, k)
+    return logits_TR, add(add(logits_TR.detach(), places[1]), places[2])
 
 
 def standardise(norm_TR: Tensor, spec: MoHAttention) -> Tensor:
@@ -152,7 +165,7 @@ class TwoStageRouter(nn.Module):
     def forward(
         self,
         x_TH: Tensor,
-        query_TNd: Tensor,
+        query_TNd: Tensor | None,
         valid_T: Tensor | None,
         reference_R: Tensor | None,
     ) -> tuple[Tensor, RoutingLoad]:
@@ -177,10 +190,72 @@ def _softmax(x_TH: Tensor, linear: nn.Linear) -> Tensor:
     return torch.softmax(project(x_TH, linear.weight), dim=-1)
 
 
-def project(x_TH: Tensor, weight_EH: Tensor) -> Tensor:
+def project(x_TH: Tensor, weight_EH: Tensor, bias_E: Tensor | None = None) -> Tensor:
     """Logits in float32 or wider, under autocast too."""
     with torch.autocast(x_TH.device.type, enabled=False):
-        return widen(x_TH) @ widen(weight_EH).T
+        logits_TE = widen(x_TH) @ widen(weight_EH).T
+        return logits_TE if bias_E is None else logits_TE + widen(bias_E)
+
+
+class CalibratedRouter(nn.Module):
+    """Scores heads (or KV groups) from the attention's input; the best ones are on, the rest off.
+
+    Budget `threshold`: those of scores that are not negative, the threshold being in the bias. So
+    what is off is known before its query is computed. Meant to be fitted, moe.upcycle.calibrate.
+    """
+
+    steering: Steering | None = None  # over all units; only gains concern the shared ones
+
+    def __init__(
+        self, spec: MoHAttention, num_heads: int, num_kv_heads: int, hidden_size: int
+    ) -> None:
+        super().__init__()
+        self.spec = spec
+        self.group_size = num_heads // num_kv_heads if spec.granularity == "kv_group" else 1
+        num_units = num_heads // self.group_size
+        self.units = Columns(num_units, spec.routed_heads(num_units))
+        self.thresholds = spec.budget == "threshold"
+        self.weight = nn.Parameter(torch.empty(len(self.units.routed), hidden_size))
+        self.bias = nn.Parameter(torch.empty(len(self.units.routed)))
+
+    def forward(
+        self,
+        x_TH: Tensor,
+        query_TNd: Tensor | None,
+        valid_T: Tensor | None,
+        reference_R: Tensor | None,
+    ) -> tuple[Tensor, RoutingLoad]:
+        """Gate [T, N] of 0s, 1s (and routed_scale), from the normed attention input alone."""
+        spec = self.spec
+        logits_TR = project(x_TH, self.weight, self.bias)
+        logits_TR, choice_TR = steered(logits_TR, self.units, self.steering)
+        if self.thresholds:
+            probability_TR = logits_TR.sigmoid()
+            mask_TR = ops.select_above(choice_TR, 0.0).to(logits_TR)
+            load = measure_budget(probability_TR, mask_TR, valid_T, routed_on(spec))
+        else:
+            probability_TR = logits_TR.softmax(-1)
+            indices_TK = ops.select_top_k(choice_TR, spec.top_k)
+            mask_TR = torch.zeros_like(probability_TR).scatter_(-1, indices_TK, 1.0)
+            reference_R = reference_R if spec.balance_scope == "global" else None
+            load = measure(probability_TR, indices_TK, valid_T, spec.balance_norm, reference_R)
+        gate_TU = reweigh(hard_gate(mask_TR, probability_TR, self.units, spec), self.steering)
+        return gate_TU.repeat_interleave(self.group_size, dim=1), load
+
+
+def measure_budget(
+    probability_TE: Tensor,
+    mask_TE: Tensor,
+    valid_T: Tensor | None,
+    aim: float,
+    logits_TE: Tensor | None = None,
+) -> RoutingLoad:
+    """The load of parts that are on each for itself, `aim` of them on average; their sigmoids are
+    shares of one probability there, as those of an MoE are.
+    """
+    share_TE = probability_TE / (probability_TE.sum(-1, keepdim=True) + 1e-20)
+    load = measure(share_TE, mask_TE, valid_T, "paper", logits_TE=logits_TE)
+    return keep_budget(load, straight_through(mask_TE, probability_TE), valid_T, aim)
 
 
 class SoftRouter(nn.Module):
@@ -203,7 +278,7 @@ class SoftRouter(nn.Module):
     def forward(
         self,
         x_TH: Tensor,
-        query_TNd: Tensor,
+        query_TNd: Tensor | None,
         valid_T: Tensor | None,
         reference_R: Tensor | None,
     ) -> tuple[Tensor, RoutingLoad]:
@@ -228,6 +303,8 @@ def attention_router(
         return None
     if spec.router == "qnorm":
         return NormRouter(spec, num_heads, num_kv_heads)
+    if spec.router == "calibrated":
+        return CalibratedRouter(spec, num_heads, num_kv_heads, hidden_size)
     return TwoStageRouter(spec, num_heads, hidden_size)
 
 

@@ -23,7 +23,7 @@ Weights = Literal["hard", "soft"]
 """hard: a chosen part counts once, its score gets a straight-through gradient. soft: k times its
 share of the chosen parts' probability."""
 
-Mode = Literal["token_choice", "threshold", "expert_choice", "sequence"]
+Mode = Literal["token_choice", "threshold", "expert_choice", "sequence", "budget"]
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -39,16 +39,20 @@ class DenseAttention:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class MoHAttention:
-    """MoH (arXiv 2410.11842) with one of its two routers.
+    """MoH (arXiv 2410.11842) with one of its two routers, or with a calibrated one.
 
-    Heads are counted in the units of `granularity`: query heads, or whole KV groups.
+    Heads are counted in the units of `granularity`: query heads, or whole KV groups. `calibrated`
+    scores them from the attention's input, on or off; with `budget: threshold` each is on where its
+    score is not negative, however many that makes, and a loss holds their mean to `mean_heads`.
     """
 
     part: ClassVar[str] = "attention"
     kind: Literal["moh"] = "moh"
-    router: Literal["qnorm", "two_stage"] = "qnorm"
+    router: Literal["qnorm", "two_stage", "calibrated"] = "qnorm"
     shared_heads: tuple[int, ...] = ()  # always on; indices of heads (or of KV groups)
     top_k: int = 0  # routed heads kept per token, besides the shared ones
+    budget: Literal["topk", "threshold"] = "topk"  # what is fixed: a token's heads, or their mean
+    mean_heads: float = 0.0  # per token, the shared ones included; for budget threshold
     granularity: Literal["head", "kv_group"] = "head"
     straight_through: Literal["all", "selected"] = "all"  # which routed scores get a gradient
     differentiate_std: bool = True  # whether that gradient flows through the norms' deviation
@@ -75,13 +79,48 @@ class MoHAttention:
         if len(set(self.shared_heads)) != len(self.shared_heads):
             found.append(f"attention.shared_heads={list(self.shared_heads)} repeats an index.")
         routed = units - len(set(self.shared_heads))
-        if not 1 <= self.top_k <= routed:
+        if self.budget == "threshold":
+            found += self._budget_problems(units, routed, name)
+        elif not 1 <= self.top_k <= routed:
             found.append(
                 f"attention.top_k={self.top_k} must be between 1 and {routed}: "
                 f"{units} {name} less {units - routed} shared leave {routed} to choose from."
             )
+        if self.budget == "topk" and self.mean_heads:
+            found.append(
+                f"attention.mean_heads={self.mean_heads:g} is for budget=threshold; with "
+                "budget=topk a token has shared_heads and top_k."
+            )
         if self.router == "two_stage" and self.granularity != "head":
             found.append("attention.router=two_stage routes single heads: use granularity=head.")
+        return found
+
+    def _budget_problems(self, units: int, routed: int, name: str) -> list[str]:
+        found = []
+        if self.router != "calibrated":
+            found.append(
+                f"attention.budget=threshold: router={self.router} has no threshold. Use "
+                "router=calibrated, or budget=topk."
+            )
+        if not routed:
+            found.append(
+                f"attention.budget=threshold: all {units} {name} are shared, none is left to route."
+            )
+        elif not units - routed < self.mean_heads <= units:
+            found.append(
+                f"attention.mean_heads={self.mean_heads:g} must be more than the {units - routed} "
+                f"shared and at most {units} {name}."
+            )
+        if self.top_k:
+            found.append(
+                f"attention.top_k={self.top_k}: budget=threshold fixes no number per token. Leave "
+                "it out and say mean_heads."
+            )
+        if self.balance_scope == "global":
+            found.append(
+                "attention.balance_scope=global: budget=threshold has no balance loss, its own "
+                "counts each forward pass. Leave it out."
+            )
         return found
 
 
@@ -117,6 +156,7 @@ class UoEAttention:
     num_experts: int = 0
     top_k: int = 0
     sink_tokens: int = 1
+    router_bias: bool = False  # trained, added to the logits
     weights: Weights = "hard"
     balance_coef: float = 0.01
     balance_scope: BalanceScope = "micro"
@@ -182,9 +222,10 @@ class UoEMLP:
     """Union of experts: slices of one FFN, of which each token gets `top_k` added up.
 
     Modes: `token_choice`, top_k experts per token; `threshold`, every expert whose score and
-    selection bias reach 1/E, at least one; `expert_choice`, each expert's top_k/E share of a
-    sequence; `sequence`, top_k experts for a whole prompt. The last two look ahead while a sequence
-    is scored as a whole, `expert_choice` in any use.
+    selection bias reach 1/E, at least one; `budget`, every expert whose logit is not negative, none
+    too, while a loss holds their mean to `mean_experts`; `expert_choice`, each expert's top_k/E
+    share of a sequence; `sequence`, top_k experts for a whole prompt. The last two look ahead while
+    a sequence is scored as a whole, `expert_choice` in any use.
     """
 
     part: ClassVar[str] = "mlp"
@@ -194,6 +235,8 @@ class UoEMLP:
     intermediate_size: int | None = None  # of one expert; None: the config's
     shared_intermediate_size: int = 0  # of a slice that every token visits; 0: none
     mode: Mode = "token_choice"
+    mean_experts: float = 0.0  # per token, for mode budget
+    router_bias: bool = False  # trained, added to the logits
     weights: Weights = "hard"
     output_scale: float = 1.0
     balance_coef: float = 0.01
@@ -210,6 +253,36 @@ class UoEMLP:
         found = _expert_problems(self, hidden_act, mlp_bias)
         if self.output_scale <= 0:
             found.append(f"mlp.output_scale={self.output_scale} must be positive.")
+        if self.mode == "budget":
+            found += self._budget_problems()
+        elif self.mean_experts:
+            found.append(
+                f"mlp.mean_experts={self.mean_experts:g} is for mode=budget; mode={self.mode} has "
+                "top_k."
+            )
+        return found
+
+    def _budget_problems(self) -> list[str]:
+        found = []
+        if not 0 < self.mean_experts <= max(self.num_experts, 1):
+            found.append(
+                f"mlp.mean_experts={self.mean_experts:g} must be more than 0 and at most "
+                f"num_experts={self.num_experts}."
+            )
+        if self.top_k:
+            found.append(
+                f"mlp.top_k={self.top_k}: mode=budget fixes no number per token. Leave it out and "
+                "say mean_experts."
+            )
+        if not self.router_bias:
+            found.append("mlp.mode=budget has its threshold in the bias: use router_bias=true.")
+        if self.weights != "hard":
+            found.append("mlp.weights=soft: mode=budget has experts on or off. Use weights=hard.")
+        if self.balance_scope == "global":
+            found.append(
+                "mlp.balance_scope=global: mode=budget has no balance loss, its own counts each "
+                "forward pass. Leave it out."
+            )
         return found
 
 
@@ -243,6 +316,15 @@ def to_dict(spec: AttentionSpec | MLPSpec) -> dict[str, Any]:
     return {k: list(v) if isinstance(v, tuple) else v for k, v in changed.items()}
 
 
+def routed_on(spec: MoHAttention | UoEAttention | RoutedMLPSpec) -> float:
+    """Routed parts that are on per token, on average where that is what is fixed."""
+    if isinstance(spec, MoHAttention) and spec.budget == "threshold":
+        return spec.mean_heads - len(spec.shared_heads)
+    if isinstance(spec, UoEMLP) and spec.mode == "budget":
+        return spec.mean_experts
+    return spec.top_k
+
+
 def causal(spec: AttentionSpec | MLPSpec) -> bool:
     """Whether a token's output in a whole sequence depends on no later token."""
     return not (isinstance(spec, UoEMLP) and spec.mode in ("expert_choice", "sequence"))
@@ -272,7 +354,8 @@ def _choice_problems(spec: UoEAttention | MoEMLP | UoEMLP, part: str) -> list[st
     found = []
     if spec.num_experts < 1:
         found.append(f"{part}.num_experts={spec.num_experts} must be at least 1.")
-    if not 1 <= spec.top_k <= max(spec.num_experts, 1):
+    budget = isinstance(spec, UoEMLP) and spec.mode == "budget"
+    if not budget and not 1 <= spec.top_k <= max(spec.num_experts, 1):
         found.append(
             f"{part}.top_k={spec.top_k} must be between 1 and num_experts={spec.num_experts}."
         )

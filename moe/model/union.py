@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from moe.kernels import ops
 from moe.model import router
 from moe.model.losses import RoutingLoad, measure
-from moe.model.spec import UoEAttention, UoEMLP
+from moe.model.spec import UoEAttention, UoEMLP, routed_on
 from moe.model.steering import Steering, add, reweigh
 
 
@@ -26,7 +26,8 @@ class Choice(NamedTuple):
 
 
 class UnionRouter(nn.Module):
-    """Softmax scores, and one of four rules for what they choose (`spec.mode`).
+    """Softmax scores, and one of five rules for what they choose (`spec.mode`); those of mode
+    `budget` are sigmoids, for it asks of each expert by itself.
 
     A hard weight is exactly 1, with the gradient of its score; the experts that were not chosen are
     not computed, so their scores get a gradient through the softmax and the balance loss alone.
@@ -39,8 +40,13 @@ class UnionRouter(nn.Module):
         super().__init__()
         self.spec = spec
         self.mode = spec.mode if isinstance(spec, UoEMLP) else "token_choice"
+        self.thresholds = self.mode == "budget"
         self.use(spec.top_k)
         self.weight = nn.Parameter(torch.empty(spec.num_experts, hidden_size))
+        self.bias = nn.Parameter(torch.empty(spec.num_experts)) if spec.router_bias else None
+        # a bias can be so large that probabilities of different logits are the same
+        learned = self.bias is not None and self.mode in ("token_choice", "sequence")
+        self.by_logits = self.thresholds or learned
         biased = self.mode == "threshold"
         bias = torch.zeros(spec.num_experts, dtype=torch.float32) if biased else None
         self.register_buffer("selection_bias", bias)
@@ -48,10 +54,10 @@ class UnionRouter(nn.Module):
     def use(self, top_k: int) -> None:
         """Choose so many experts: training may come down from all of them to the config's own.
 
-        All at once are the dense layer, whose scale is 1, so the output's scale comes along. Mode
-        `threshold` knows no number: its biases find their own way.
+        All at once are the dense layer, whose scale is 1, so the output's scale comes along. Modes
+        `threshold` and `budget` know no number: their biases find their own way.
         """
-        if self.mode == "threshold":
+        if self.thresholds or self.mode == "threshold":
             top_k = self.spec.top_k
         experts, own = self.spec.num_experts, self.spec.top_k
         self.top_k, self.output_scale = top_k, getattr(self.spec, "output_scale", 1.0)
@@ -70,14 +76,14 @@ class UnionRouter(nn.Module):
 
         `set_BE` is the choice that mode `sequence` made when it saw the prompt.
         """
-        spec = self.spec
         scored_BSH = self._pooled(x_BSH, valid_T) if self.mode == "sequence" else x_BSH
-        logits_TE = router.project(scored_BSH.reshape(-1, scored_BSH.shape[-1]), self.weight)
+        scored_TH = scored_BSH.reshape(-1, scored_BSH.shape[-1])
+        logits_TE = router.project(scored_TH, self.weight, self.bias)
         steering = self.steering
         if steering is not None:
             logits_TE = add(logits_TE, steering.logits_E)
-        probability_TE = logits_TE.softmax(-1)
-        score_TE = probability_TE.detach()
+        probability_TE = logits_TE.sigmoid() if self.thresholds else logits_TE.softmax(-1)
+        score_TE = logits_TE.detach() if self.by_logits else probability_TE.detach()
         if steering is not None and steering.chooses:
             # a threshold is one of probabilities; ranks, and what is added, are of logits
             ranked_TE = score_TE if self.mode == "threshold" else logits_TE.detach()
@@ -90,14 +96,26 @@ class UnionRouter(nn.Module):
             indices_TK = set_BE.nonzero()[:, 1].view(len(set_BE), -1).repeat_interleave(length, 0)
             probability_TE = probability_TE.repeat_interleave(length, 0)
             logits_TE = logits_TE.repeat_interleave(length, 0)
-        reference_E = reference_E if spec.balance_scope == "global" else None
-        load = measure(
-            probability_TE, mask_TE, valid_T, "unit", reference_E, logits_TE, k=self.top_k
-        )
+        load = self._measure(probability_TE, mask_TE, valid_T, reference_E, logits_TE)
         if forced_T is not None:
             mask_TE = mask_TE | forced_T[:, None]
         weights_TE = reweigh(self._weigh(probability_TE, mask_TE), steering)
         return Choice(mask_TE, weights_TE, indices_TK, set_BE, load)
+
+    def _measure(
+        self,
+        probability_TE: Tensor,
+        mask_TE: Tensor,
+        valid_T: Tensor | None,
+        reference_E: Tensor | None,
+        logits_TE: Tensor,
+    ) -> RoutingLoad:
+        if self.thresholds:
+            given = probability_TE, mask_TE.to(probability_TE), valid_T
+            return router.measure_budget(*given, routed_on(self.spec), logits_TE)
+        reference_E = reference_E if self.spec.balance_scope == "global" else None
+        given = probability_TE, mask_TE, valid_T
+        return measure(*given, "unit", reference_E, logits_TE, k=self.top_k)
 
     def _choose(
         self, score_TE: Tensor, shape: tuple[int, int] | torch.Size, valid_T: Tensor | None
@@ -107,8 +125,10 @@ class UnionRouter(nn.Module):
             assert self.selection_bias is not None
             score_TE = score_TE + self.selection_bias.to(score_TE)
             best_T1 = ops.select_top_k(score_TE, 1)
-            above_TE = score_TE >= 1 / score_TE.shape[1]
+            above_TE = ops.select_above(score_TE, 1 / score_TE.shape[1])
             return above_TE.scatter(1, best_T1, torch.ones_like(best_T1, dtype=torch.bool)), None
+        if self.thresholds:
+            return ops.select_above(score_TE, 0.0), None
         if self.mode == "expert_choice":
             return self._best_tokens(score_TE, shape, valid_T), None
         indices_TK = ops.select_top_k(score_TE, self.top_k)

@@ -12,7 +12,7 @@ from moe.engines.measure import Footprint, storage_bytes
 from moe.hf.families import routed_config
 from moe.model import RoutedLlamaConfig
 from moe.model.accounting import flops_per_token, parameter_counts
-from moe.model.spec import DenseMLP
+from moe.model.spec import DenseMLP, routed_on
 from moe.parallel.traffic import KINDS, Collective, Network, seconds, unique_ranks
 from moe.plan.meshes import check, legal_meshes, with_ranks
 from moe.plan.rank import footprint
@@ -111,7 +111,7 @@ def _visits(config: RoutedLlamaConfig, expert: int) -> float | None:
     """On how many ranks a token's experts lie on average, over the layers that have some."""
     specs = [config.mlp_spec(i) for i in range(config.num_hidden_layers)]
     found = [
-        unique_ranks(spec.num_experts, spec.top_k, expert)
+        unique_ranks(spec.num_experts, round(routed_on(spec)), expert)
         for spec in specs
         if not isinstance(spec, DenseMLP)
     ]

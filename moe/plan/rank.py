@@ -4,6 +4,7 @@ The engine itself runs a step on imagined tensors, with a few layers of each kin
 a kind adds what the one before it added.
 """
 
+import dataclasses
 from collections import Counter
 from collections.abc import Callable, Iterable
 from dataclasses import fields
@@ -15,6 +16,7 @@ from moe import engines
 from moe.config import RunConfig
 from moe.engines.measure import Footprint, Share
 from moe.model import RoutedLlamaConfig
+from moe.model.spec import MoHAttention
 from moe.train.loop import token_losses
 
 ALIKE = 3  # layers of a kind, after which the next is like the last: FSDP2 gathers two ahead
@@ -52,7 +54,12 @@ def layer_kinds(config: RoutedLlamaConfig) -> dict[Any, list[int]]:
     found: dict[Any, list[int]] = {}
     assert config.layer_types is not None
     for layer in range(config.num_hidden_layers):
-        kind = config.attention_spec(layer), config.mlp_spec(layer), config.layer_types[layer]
+        attention = config.attention_spec(layer)
+        if isinstance(attention, MoHAttention):  # which heads are shared costs nothing
+            some = tuple(range(len(attention.shared_heads)))
+            mean = round(attention.mean_heads)
+            attention = dataclasses.replace(attention, shared_heads=some, mean_heads=mean)
+        kind = attention, config.mlp_spec(layer), config.layer_types[layer]
         found.setdefault(kind, []).append(layer)
     return found
 

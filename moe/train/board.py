@@ -26,6 +26,7 @@ LAYOUT = {  # charts of the dashboard "custom scalars"; names of scalars are pat
     "balance": {
         "worst load over mean": ["Multiline", ["heads/max_over_mean", "experts/max_over_mean"]],
         "dead share": ["Multiline", ["heads/dead_share", "experts/dead_share"]],
+        "chosen per token": ["Multiline", ["heads/per_token", "experts/per_token"]],
         "balance loss": ["Multiline", ["heads/balance", "experts/balance"]],
     },
     "entropy": {

@@ -92,23 +92,26 @@ class StepLoads:
 
     def summary(self) -> dict[str, float]:
         """Per part: worst load over mean, dead share, entropies over their maximum (see `layers`),
-        balance, z; the share of choices that were dropped, where that is possible.
+        how many a token chose, balance (or a budget's loss), z; the share of choices that were
+        dropped, where that is possible.
         """
         result: dict[str, float] = {}
         for part, noun in NOUNS.items():
             loads = list(self.of(part).values())
             if not loads:
                 continue
-            ratio = torch.stack([x.counts.max() / x.counts.mean() for x in loads]).max()
             dead = torch.stack([(x.counts == 0).float().mean() for x in loads]).mean()
             even = [math.log(max(2, len(x.counts))) for x in loads]
             sure = [x.entropy / x.tokens / e for x, e in zip(loads, even, strict=True)]
             shares = [x.counts / x.counts.sum().clamp(min=1) for x in loads]
+            ratio = torch.stack([s.max() * len(s) for s in shares]).max()
             spread = [torch.special.entr(s).sum() / e for s, e in zip(shares, even, strict=True)]
             result[f"{noun}/max_over_mean"] = ratio.item()
             result[f"{noun}/dead_share"] = dead.item()
             result[f"{noun}/entropy_share"] = torch.stack(sure).mean().item()
             result[f"{noun}/load_entropy"] = torch.stack(spread).mean().item()
+            chosen = [x.counts.sum() / x.tokens.clamp(min=1) for x in loads]
+            result[f"{noun}/per_token"] = torch.stack(chosen).mean().item()
             result[f"{noun}/balance"] = torch.stack([x.balance for x in loads]).mean().item()
             if part == "mlp":
                 result["experts/z"] = torch.stack([x.z for x in loads]).mean().item()

@@ -13,13 +13,19 @@ from typing import Any, Literal
 from torch import nn
 
 from moe.errors import UserError
-from moe.model.router import ExpertRouter, NormRouter, SoftRouter, TwoStageRouter
-from moe.model.spec import UoEMLP
+from moe.model.router import (
+    CalibratedRouter,
+    ExpertRouter,
+    NormRouter,
+    SoftRouter,
+    TwoStageRouter,
+)
+from moe.model.spec import UoEMLP, routed_on
 from moe.model.union import UnionRouter
 
 Part = Literal["mlp", "attention"]
 PARTS: tuple[Part, ...] = ("mlp", "attention")
-OURS = (ExpertRouter, NormRouter, TwoStageRouter, SoftRouter, UnionRouter)
+OURS = (ExpertRouter, NormRouter, TwoStageRouter, CalibratedRouter, SoftRouter, UnionRouter)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -29,10 +35,11 @@ class Site:
     layer: int  # of all decoder layers, dense ones counted, from 0
     part: Part
     experts: int  # experts, heads, KV groups or attention experts
-    top_k: int  # on per token, those that always are included
-    kind: str  # softmax, sigmoid or chosen (softmax of the chosen); moh, two_stage, bam, uoe
+    top_k: int  # on per token, those that always are included; in mode budget a rounded mean
+    kind: str  # softmax, sigmoid, chosen (softmax of them); moh, two_stage, calibrated, bam, uoe
     module: str  # the router's name in the model
     selection_bias: bool = False  # a bias on the choice that weights do not feel
+    bias: bool = False  # a learned one on the logits, where these do nothing but choose
     renormalises: bool = True  # a token's weights add up to the same whatever is chosen
     always: tuple[int, ...] = ()  # on for every token, whatever a router says
     groups: int = 1
@@ -133,13 +140,16 @@ def _ours(model: nn.Module, layer: int, name: str, module: nn.Module) -> Site | 
             module=name, selection_bias=spec.selection_bias, renormalises=spec.renormalise,
             groups=spec.num_groups, top_groups=spec.top_groups or spec.num_groups,
         )  # fmt: skip
-    if isinstance(module, NormRouter | TwoStageRouter):
-        units = module.units if isinstance(module, NormRouter) else module.heads
+    if isinstance(module, NormRouter | TwoStageRouter | CalibratedRouter):
+        units = module.heads if isinstance(module, TwoStageRouter) else module.units
         always = tuple(sorted(set(range(units.total)) - set(units.routed)))
-        kind = "moh" if isinstance(module, NormRouter) else "two_stage"
+        heads = module.spec
+        budget = heads.budget == "threshold"
         return Site(
-            layer=layer, part="attention", experts=units.total, module=name, kind=kind,
-            top_k=module.spec.top_k + len(always), always=always,
+            layer=layer, part="attention", experts=units.total, module=name,
+            kind="moh" if heads.router == "qnorm" else heads.router, always=always,
+            top_k=max(1, round(routed_on(heads) + len(always))),
+            mode="budget" if budget else "token_choice", bias=heads.router == "calibrated",
         )  # fmt: skip
     if isinstance(module, SoftRouter):
         experts = len(module.weight)
@@ -150,8 +160,10 @@ def _ours(model: nn.Module, layer: int, name: str, module: nn.Module) -> Site | 
         union = module.spec
         return Site(
             layer=layer, part="mlp" if isinstance(union, UoEMLP) else "attention",
-            experts=union.num_experts, top_k=union.top_k, kind="uoe", module=name,
+            experts=union.num_experts, top_k=max(1, round(routed_on(union))), kind="uoe",
+            module=name,
             selection_bias=module.mode == "threshold", mode=module.mode,
+            bias=module.bias is not None and union.weights == "hard",
         )  # fmt: skip
     return None
 

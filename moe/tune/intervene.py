@@ -18,7 +18,7 @@ import torch
 from torch import Tensor, nn
 
 from moe.errors import UserError
-from moe.model.router import ExpertRouter, NormRouter, SoftRouter
+from moe.model.router import CalibratedRouter, ExpertRouter, NormRouter, SoftRouter
 from moe.model.steering import ALWAYS, Steering
 from moe.model.union import Choice
 from moe.tune.families import FAMILIES, OURS, Site, model_type, sites
@@ -199,7 +199,7 @@ def _reader(router: nn.Module) -> Callable[[Any], Reading]:
         if isinstance(router, SoftRouter):
             repeats = router.heads_in_a_row
             return _all(gate[:, : len(router.weight) * repeats : repeats], None)
-        if isinstance(router, NormRouter):
+        if isinstance(router, NormRouter | CalibratedRouter):
             gate = gate[:, :: router.group_size]
         return _all(gate, gate != 0)
 

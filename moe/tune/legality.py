@@ -130,6 +130,8 @@ def _overdone(site: Site, edits: list["Edit"], tuning: "Tuning") -> list[str]:
         return [f"{site.name}: experts {twice} have more than one entry."]
     if tuning.semantics.startswith("post_"):
         return []
+    if site.mode == "budget":
+        return []  # each expert for itself: any number may be on, or off
     places = site.top_k - len(site.always)
     forced = sum(edit.kind == "force" for edit in edits)
     if forced > places:

@@ -4,9 +4,10 @@
     change.plan, change.config, change.notes
 
 post_zero is a gain of what an expert gives: of its down_proj, or of its heads' columns of o_proj.
-pre_select is a selection bias where a router has one, and elsewhere can only be the expert's
-absence. Nothing else of a tuning can be said in weights: what makes up for an expert that is off,
-or comes in its place, depends on the token.
+pre_select is a selection bias where a router has one, or a learned one where scores do nothing but
+choose (calibrated heads, a union's hard weights), and elsewhere can only be the expert's absence.
+Nothing else of a tuning can be said in weights: what makes up for an expert that is off, or comes
+in its place, depends on the token.
 """
 
 import copy
@@ -104,10 +105,11 @@ def permanent(
             _gain(change, site, steering.gain_E.tolist())
             continue
         # these are one where no group is limited, or there would have been an obstacle
-        addend_E = steering.select_E if steering.top_k_E is None else steering.top_k_E
-        assert addend_E is not None
-        (name,) = _names(plan, site, BIAS)
-        change.plan[name] = Added(plan[name], tuple(addend_E.tolist()))
+        addend_E = sum(t for t in steering[:3] if t is not None)
+        assert isinstance(addend_E, Tensor)
+        routed = [addend_E[e].item() for e in range(site.experts) if e not in site.always]
+        (name,) = _names(plan, site, BIAS if site.selection_bias else _learned(site))
+        change.plan[name] = Added(plan[name], tuple(routed))
     where = "the weights of what experts give" if _after(tuning) else "the selection biases"
     change.notes.append(f"{tuning.semantics} of {len(tuning.experts)} experts in {where}")
     if tuning.semantics == "pre_topk":
@@ -124,6 +126,10 @@ def _after(tuning: Tuning) -> bool:
 
 def _edits(tuning: Tuning, site: Site) -> list[Edit]:
     return [e for e in tuning.experts if (e.layer, e.part) == (site.layer, site.part)]
+
+
+def _learned(site: Site) -> str:
+    return rf"{'mlp' if site.part == 'mlp' else 'self_attn'}\.router\.bias"
 
 
 def _names(plan: Plan, site: Site, pattern: str) -> list[str]:
@@ -184,7 +190,7 @@ def _unsayable(site: Site, edits: Sequence[Edit], tuning: Tuning) -> str | None:
             "pre_topk: a selection bias is felt when groups are chosen, before pre_topk. The "
             f"nearest is --semantics pre_select; {runtime}"
         )
-    if site.selection_bias:
+    if site.selection_bias or site.bias:
         return None
     if _irremovable(site, edits, tuning) is None:
         return (

@@ -253,7 +253,7 @@ def _loads(sums: RoutingSums) -> list[dict[str, Any]]:
             {
                 "layer": layer,
                 "part": part,
-                "max_over_mean": (counts.max() / counts.mean()).item(),
+                "max_over_mean": (counts.max() / counts.mean().clamp(min=1e-9)).item(),
                 "dead_share": (counts == 0).float().mean().item(),
                 "entropy_share": (entropy / tokens).item() / even,
             }

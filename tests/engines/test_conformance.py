@@ -32,6 +32,8 @@ def test_native_engine_on_two_ranks():
         native("moe", 2, 2, "balanced"),
         native("bam+moe", 2, 2, "skewed", activation_checkpointing="full"),
         native("uoe", 2, 1, "empty"),
+        native("budgets", 2, 2, "balanced"),
+        native("budgets", 2, 2, "empty", activation_checkpointing="full"),
     ])  # fmt: skip
 
 
@@ -63,6 +65,7 @@ def test_deepspeed_on_two_ranks():
         zero("moe", 2, 2, "balanced", 2, trainable=["*.experts.*"], accumulate=2),
         zero("moh+moe", 2, 1, "balanced", 3, trainable=["*.experts.*"]),
         zero("uoe", 2, 1, "balanced", 3, trainable=ROUTERS, accumulate=2),
+        zero("budgets", 2, 1, "balanced", 3),
     ])  # fmt: skip
 
 

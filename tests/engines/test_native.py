@@ -179,6 +179,29 @@ def test_recomputation_keeps_the_routers_choices(ranks, monkeypatch) -> None:
     assert counts == {"kept": 4, "recomputed": 8}, "2 routers of heads, 2 of experts"
 
 
+@pytest.mark.parametrize("part", ["self_attn", "mlp"])
+def test_recomputation_keeps_what_reached_a_threshold(part) -> None:
+    """Here everything would fall the other way, and without what is kept it does."""
+    model = tiny.routed_model(tiny.dense_model(), tiny.THRESHOLD, tiny.BUDGET)
+    router = getattr(model.model.layers[0], part).router
+    given = (torch.randn(2, 9, 72), None, None) if part == "mlp" else (
+        torch.randn(18, 72), None, None, None)  # fmt: skip
+
+    def on() -> Tensor:
+        found = router(*given)
+        return found.mask_TE if part == "mlp" else found[0] != 0
+
+    keep, give = recompute._keep_choices()
+    with torch.no_grad():
+        with keep:
+            first = on()
+        for parameter in router.parameters():
+            parameter.neg_()
+        with give:
+            assert torch.equal(on(), first)
+        assert (on() != first).float().mean() > 0.5
+
+
 def test_bfloat16_computes_narrow_and_keeps_wide(ranks) -> None:
     engine = engine_of(ranks, train={"dtype": "bfloat16"})
     assert engine.forward(input_ids=TOKENS).logits.dtype == torch.bfloat16

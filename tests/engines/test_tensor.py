@@ -37,6 +37,13 @@ MODELS: dict[str, tuple[str, dict[str, Any], Any, Any]] = {
     "thresholds": (
         "qwen2", {}, {**UNION, "weights": "soft"}, {**SLICES, "mode": "threshold", **SHARED}
     ),
+    "budgets": (
+        "qwen2", {}, {**tiny.THRESHOLD, "mean_heads": 4.5}, {**tiny.BUDGET, **SHARED}
+    ),
+    "queries left out": (
+        "qwen3", {"attention_bias": True},
+        {**tiny.THRESHOLD, "mean_heads": 3, "straight_through": "selected"}, tiny.MOE,
+    ),
     # every token wants one expert of two, so one rank of a tensor axis has none to see to
     "lonely": (
         "qwen3", {"attention_bias": True}, {**UNION, "sink_tokens": 0}, {**SLICES, "top_k": 1}
@@ -67,6 +74,7 @@ def take_steps(case: Case) -> Found:
     with world() as ranks:
         native.DTYPES["float32"] = torch.float64
         ops.CPU_SHARES = ((0, 1.0 if name == "heads on alone" else 0.0),)
+        ops.PROJECTION_ROWS = 1 if name == "queries left out" else 10**9
         values = {"model": "m", "out": "o", "data": {"train": [{"path": "p"}]}}
         parallel = {"expert": expert, "tensor": split, **(keys if "replicate" in keys else {})}
         train = {"dtype": "float32", **(keys if "replicate" not in keys else {})}
@@ -126,6 +134,7 @@ FEW: dict[int, list[Case]] = {
         ("two stage+moe", 2, 1, {}),
         ("heads on alone", 2, 1, {}), ("bam+moe", 2, 1, EXPERTS), ("bam, shared keys", 2, 1, FULL),
         ("uoe", 2, 1, {}), ("thresholds", 2, 1, FULL), ("lonely", 2, 1, FULL),
+        ("budgets", 2, 1, {}), ("queries left out", 2, 1, FULL),
     ],
     4: [
         ("dense", 4, 1, {}), ("moh+moe", 2, 4, {}), ("bam+moe", 2, 2, {"replicate": 2}),

@@ -5,7 +5,7 @@ import json
 import pytest
 from invoke import moe
 from native_folders import difference, export, load, refused, same_tensors, write
-from tiny import MOE, MOH, TWO_STAGE, dense_model
+from tiny import BUDGET, CALIBRATED, MOE, MOH, THRESHOLD, TWO_STAGE, dense_model
 
 from moe.hf import dense
 
@@ -64,6 +64,8 @@ def test_a_model_of_no_family_takes_the_first_that_can_hold_it(tmp_path):
         (MOH, None, {}, ["top_k=3 leaves out 3 of 9"]),
         ({**EVERY, "routed_scale": 2.0}, None, {}, ["routed_scale=2"]),
         ({**TWO_STAGE, "top_k": 6}, None, {}, ["router=two_stage"]),
+        (THRESHOLD, BUDGET, {}, ["attention.budget=threshold", "mlp.mode=budget"]),
+        (CALIBRATED, None, {}, ["top_k=3 leaves out 3 of 9"]),
         (EVERY, MOE, {}, ["FFN experts (moe)", "--calibrate FILE"]),
         (MOH, MOE, {}, ["leaves out", "--calibrate FILE"]),
         (None, None, {"qk_norm": True}, ["qk_norm=True has no place in a llama model"]),

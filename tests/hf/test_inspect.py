@@ -193,3 +193,18 @@ def test_a_config_that_fits_no_model_lists_its_problems(folders, tmp_path):
     (tmp_path / "config.json").write_text(json.dumps({**config, "mlp": {**MOE_SPEC, "top_k": 1}}))
     before, after = inspect(folders("moe")), inspect(tmp_path)
     assert after["active_parameters"] == before["active_parameters"] - LAYERS * EXPERT
+
+
+def test_budgets_are_told_by_their_means(tmp_path):
+    """Calibrated heads skip the queries of those that are off as well."""
+    tiny.routed_model(tiny.dense_model(), tiny.THRESHOLD, tiny.BUDGET).save_pretrained(tmp_path)
+    found = inspect(tmp_path)
+    heads = {"kind": "moh", "experts": 9, "top_k": 0, "shared": 1, "mean": 4.5}
+    experts = {"kind": "uoe", "experts": 4, "top_k": 0, "mean": 2}
+    assert found["layers"] == [{"attention": heads, "mlp": experts}] * LAYERS
+    attention = 8 * (HIDDEN + 1) + HEAD * HIDDEN * (2 * KV + 2 * 5.5)
+    mlp = 4 * (HIDDEN + 1) + 2 * EXPERT // 4
+    assert found["active_parameters"] == OUTSIDE + 3 * (attention + mlp + 2 * HIDDEN)
+    assert found["total_parameters"] == parameters(tmp_path)
+    said = moe("inspect", tmp_path).out
+    assert "1 shared + a mean of 4.5 routed of 9; uoe, a mean of 2 of 4 experts" in said

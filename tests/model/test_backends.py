@@ -16,7 +16,8 @@ CASES = [
 ]
 MORE = [("moh", "alike", "9/3"), ("moh-kv_group", "alike", "9/3"), ("two_stage", "alike", "8/8"),
         ("moe-sigmoid-shared-bias", "alike", "9/3"), ("moe-raw", "alternating", "8/8"),
-        ("uoe-mlp-threshold", "alike", "9/3"), ("bam-parallel", "alike", "9/3"),
+        ("uoe-mlp-threshold", "alike", "9/3"), ("budgets", "listed", "9/3"),
+        ("calibrated", "alike", "8/8"), ("bam-parallel", "alike", "9/3"),
         ("uoe-mlp-soft-shared", "alternating", "9/3")]  # fmt: skip
 TESTS = [
     battery.test_prefix_logits_do_not_change_when_tokens_follow,

@@ -3,6 +3,7 @@
 import itertools
 
 import pytest
+import tiny
 import torch
 from tiny import MOE, MOH, TWO_STAGE, copy_experts, dense_model, routed_model, tokens
 from transformers import AutoModelForCausalLM
@@ -24,6 +25,9 @@ ARCHITECTURES: dict[str, tuple] = {
     "moh-selected": ({**MOH, "straight_through": "selected", "differentiate_std": False}, None),
     "two_stage": (TWO_STAGE, None),
     "two_stage-no_shared": ({"kind": "moh", "router": "two_stage", "top_k": 4}, None),
+    "calibrated": (tiny.CALIBRATED, None),
+    "calibrated-threshold": (tiny.THRESHOLD, None),
+    "calibrated-kv_group-selected": ({**tiny.GROUPS_ON, "straight_through": "selected"}, None),
     "moe": (None, MOE),
     "moe-raw": (None, {**MOE, "renormalise": False, "weight_scale": 1.5}),
     "moe-sigmoid-shared-bias": (None, SIGMOID),
@@ -38,9 +42,12 @@ ARCHITECTURES: dict[str, tuple] = {
     "uoe-mlp": (None, SLICES),
     "uoe-mlp-soft-shared": (None, {**SLICES, "weights": "soft", "shared_intermediate_size": 16}),
     "uoe-mlp-threshold": (None, {**SLICES, "mode": "threshold"}),
+    "uoe-mlp-budget": (None, {**tiny.BUDGET, "shared_intermediate_size": 16}),
+    "uoe-biased": ({**UNION, "router_bias": True}, {**SLICES, "router_bias": True}),
     "uoe-mlp-sequence": (None, {**SLICES, "mode": "sequence"}),
     "uoe-mlp-expert_choice": (None, {**SLICES, "mode": "expert_choice"}),
     "uoe": (UNION, SLICES),
+    "budgets": ([tiny.THRESHOLD, DENSE, UNION], [tiny.BUDGET, tiny.BUDGET, DENSE]),
     "uoe+moh+moe": ([UNION, DENSE, MOH], [DENSE, SLICES, MOE]),
 }
 LOOKS_AHEAD = ("uoe-mlp-sequence", "uoe-mlp-expert_choice")
@@ -62,7 +69,7 @@ def grid(names):
 
 everything = grid(ARCHITECTURES)
 # a partly detached surrogate has no finite difference
-smooth = grid(name for name in ARCHITECTURES if name != "moh-selected")
+smooth = grid(name for name in ARCHITECTURES if "selected" not in name)
 causal = grid(name for name in ARCHITECTURES if name not in LOOKS_AHEAD)
 heads = pytest.mark.parametrize("head_counts", HEADS)
 
@@ -300,7 +307,7 @@ def test_raw_weights_do_not_preserve_the_source():
     assert relative(model(ids).logits, dense(ids).logits) > 0.01
 
 
-@pytest.mark.parametrize("attention", [MOH, TWO_STAGE], ids=["qnorm", "two_stage"])
+@pytest.mark.parametrize("attention", [MOH, TWO_STAGE, tiny.CALIBRATED, tiny.THRESHOLD])
 @heads
 @torch.no_grad()
 def test_heads_that_are_off_change_the_output_within_the_bound(attention, head_counts):

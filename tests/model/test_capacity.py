@@ -175,7 +175,7 @@ def test_nothing_is_dropped_in_evaluation_or_where_there_is_room():
     assert not torch.equal(tight.train()(x, None, None)[0], free)
 
 
-@pytest.mark.parametrize("mode", ["threshold", "expert_choice"])
+@pytest.mark.parametrize("mode", ["threshold", "expert_choice", "budget"])
 def test_unions_without_a_fixed_number_are_refused(mode):
     model = torch.nn.ModuleList([layer_of({**MOE, "kind": "uoe", "mode": mode}, None)])
     with pytest.raises(UserError, match=rf"parallel\.capacity=1\.5: mlp\.mode={mode}"):

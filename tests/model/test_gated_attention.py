@@ -2,13 +2,14 @@
 
 import pytest
 import torch
-from tiny import MOH, TWO_STAGE, dense_model, routed_model, tokens
+from tiny import MOH, THRESHOLD, TWO_STAGE, dense_model, routed_model, tokens
 
 from moe.kernels import ops
 from moe.model.attention import reach
 
 FEW = {**MOH, "top_k": 1}  # 4 of 9 heads: few enough to leave the others out
 KINDS = {"moh": MOH, "moh, few": FEW, "two_stage": {**TWO_STAGE, "top_k": 2},
+         "threshold": {**THRESHOLD, "mean_heads": 4},
          "bam": {"kind": "bam", "num_experts": 2}, "bam, shared": {"kind": "bam", "num_experts": 2,
                                                                    "kv": "shared"}}  # fmt: skip
 PADDING = torch.tensor([[0] * 5 + [1] * 15, [1] * 20])
@@ -50,7 +51,9 @@ def relative(actual, expected) -> float:
 
 @pytest.mark.slow
 @pytest.mark.parametrize("name", INPUTS)
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("kind", [
+    pytest.param(kind, marks=[pytest.mark.full] * (kind == "threshold")) for kind in KINDS
+])  # fmt: skip
 @pytest.mark.parametrize("family", ["llama", "mistral"])
 @torch.no_grad()
 def test_logits_are_those_of_attention_and_gate_apart(family, kind, name, monkeypatch, seen):
@@ -59,7 +62,7 @@ def test_logits_are_those_of_attention_and_gate_apart(family, kind, name, monkey
     ours, theirs = both(model, monkeypatch, **given)
     valid = given.get("attention_mask", torch.ones(2, 20)).bool()
     assert relative(ours[valid], theirs[valid]) < 1e-12
-    few = kind in ("moh, few", "two_stage")
+    few = kind in ("moh, few", "two_stage", "threshold")
     # torch's own attention and a gate after it, unless heads are left out or there is a mask
     masked = family == "mistral" or name not in ("plain", "one document")
     assert seen == [few] * (3 if few or masked else 0)
@@ -87,9 +90,10 @@ def test_a_cpu_leaves_few_heads_out(family, name, monkeypatch, seen):
     assert len(seen) == 3
 
 
-@pytest.mark.parametrize("kind", ["moh, few", "two_stage", "bam"])
+@pytest.mark.parametrize("kind", ["moh, few", "two_stage", "threshold", "bam"])
 def test_gradients_are_too(kind, monkeypatch, seen):
-    model = routed_model(dense_model().double(), KINDS[kind])
+    selected = {"straight_through": "selected"} if kind == "threshold" else {}
+    model = routed_model(dense_model().double(), {**KINDS[kind], **selected})
     found = []
     for logits in both(model, monkeypatch):
         model.zero_grad()
@@ -98,7 +102,7 @@ def test_gradients_are_too(kind, monkeypatch, seen):
     for name, gradient in found[0].items():
         assert relative(gradient, found[1][name]) < 1e-9, name
     # a straight-through router asks after the heads that are off: they must be computed
-    assert seen == [True] * (3 if kind == "two_stage" else 0)
+    assert seen == [True] * (3 if kind in ("two_stage", "threshold") else 0)
 
 
 @torch.no_grad()

@@ -37,7 +37,7 @@ MODELS: dict[str, tuple[Any, Any]] = {
     "expert choice": (None, {**SLICES, "mode": "expert_choice"}),
     "sequence": (None, {**SLICES, "mode": "sequence"}),
 }
-UNIONS = [MODELS[mode][1] for mode in ("threshold", "expert choice", "sequence")]
+UNIONS = [MODELS[mode][1] for mode in ("threshold", "expert choice", "sequence", "budgets")]
 CLASSES = ("weights", "gradients", "moments", "accumulated")
 # model, expert, dtype, recomputed, boundaries, routing, replicate, tensor
 Case = tuple[str, int, str, str, str, str, int, int]
@@ -335,10 +335,13 @@ def test_the_most_at_once_is_near():
 
 
 @pytest.mark.parametrize(
-    ("mode", "limit"), [("expert choice", 0.02), ("sequence", 0.02), ("threshold", 0.25)]
+    ("mode", "limit"),
+    [("expert choice", 0.02), ("sequence", 0.02), ("threshold", 0.25), ("budgets", 0.25)],
 )
 def test_unions_of_every_mode_are_planned(mode, limit):
-    """A threshold lets through what it likes until its biases have found their place."""
+    """A threshold lets through what it likes until its biases have found their place, and so does
+    a budget.
+    """
     case = plain(mode, routing="natural")
     difference = off(planned(case, 1), take_a_step(case))
     assert difference.pop("activations") <= limit
@@ -357,6 +360,14 @@ def test_another_configuration_has_other_bytes():
     ):
         difference = off(planned(other, size), real)
         assert all(difference[name] > 0.1 for name in classes), (other, difference)
+
+
+def test_calibrated_heads_of_every_layer_are_of_few_kinds():
+    """Which heads are shared differs from layer to layer, and so does a mean: costs do not."""
+    heads = [{**tiny.THRESHOLD, "shared_heads": [i], "mean_heads": 5 + i / 20} for i in range(9)]
+    more = [{**tiny.THRESHOLD, "shared_heads": [0, 1]}]
+    config = tiny.routed_model(tiny.dense_model(num_hidden_layers=10), heads + more).config
+    assert [len(layers) for layers in layer_kinds(config).values()] == [9, 1]
 
 
 @pytest.mark.parametrize(("alike", "kinds"), [(3, [9]), (1, [3, 6])])

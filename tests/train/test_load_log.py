@@ -42,6 +42,15 @@ def test_a_router_that_counted_nothing_is_no_obstacle():
     json.dumps(found, allow_nan=False)
 
 
+def test_tokens_that_none_of_the_parts_got_are_no_obstacle():
+    """A budget may have no head on."""
+    none = load([4.0, 4.0])._replace(counts=torch.zeros(2))
+    summary = StepLoads({(0, "attention"): none}, 1).summary()
+    assert all(math.isfinite(value) for value in summary.values())
+    assert summary["heads/max_over_mean"] == 0 and summary["heads/dead_share"] == 1
+    assert summary["heads/per_token"] == 0
+
+
 def test_one_transfer_brings_the_same_numbers():
     dropped = load([1.0, 2.0])._replace(dropped=torch.tensor(3.0))
     loads = StepLoads({(0, "attention"): load([1.0, 2.0, 3.0]), (1, "mlp"): dropped}, 2)

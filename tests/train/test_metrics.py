@@ -168,6 +168,7 @@ def test_loads_of_micro_batches_add_up_weighed_by_their_tokens(toys) -> None:
     summary = total.summary()
     assert summary["experts/max_over_mean"] == pytest.approx(18 / 8)
     assert summary["experts/dead_share"] == pytest.approx(1 / 3)
+    assert summary["experts/per_token"] == pytest.approx(1.0)
     assert summary["experts/entropy_share"] == pytest.approx(1.0)
     assert not any(key.startswith("heads") for key in summary)
     assert torch.equal(total.reference()[0].mlp, torch.tensor([0.75, 0, 0.25]))

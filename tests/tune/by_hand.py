@@ -116,6 +116,25 @@ def norm_gate(
     return gained(gate, semantics, actions, scale)
 
 
+def calibrated_gate(
+    scores: list[float], spec: dict, semantics: str, actions: Actions, scale: float, total: int
+) -> list[float]:
+    """The best scores of the routed units, or with a threshold those that are not negative."""
+    shared = spec["shared_heads"]
+    routed = [u for u in range(total) if u not in shared]
+    rank = dict(zip(routed, scores, strict=True))
+    for unit, action in actions.items():
+        if semantics.startswith("pre_"):
+            rank[unit] += amount(action, scale)
+    if spec.get("budget") == "threshold":
+        on = [u for u in routed if rank[u] >= 0]
+    else:
+        on = best(rank, spec["top_k"])
+    factor = spec.get("routed_scale", 1.0)
+    gate = [1.0 if u in shared else factor if u in on else 0.0 for u in range(total)]
+    return gained(gate, semantics, actions, scale)
+
+
 def two_stage_gate(
     parts: dict[str, list[float]], spec: dict, semantics: str, actions: Actions, scale: float
 ) -> list[float]:
@@ -169,6 +188,8 @@ def union_weights(
     if bias is not None:
         score = {e: share[e] + bias[e] + late[e] for e in range(experts)}
         on = {e for e in score if score[e] >= 1 / experts} | set(best(score, 1))
+    elif spec.get("mode") == "budget":
+        on = {e for e in range(experts) if logits[e] + late[e] >= 0}
     else:
         on = set(best({e: logits[e] + late[e] for e in range(experts)}, spec["top_k"]))
     on = set(range(experts)) if every else on

@@ -71,11 +71,18 @@ OURS: dict[str, dict[str, Any]] = {
         "attention": {"kind": "moh", "shared_heads": [1], "top_k": 1, "granularity": "kv_group"},
     },
     "two_stage": {"attention": tiny.TWO_STAGE},
+    "calibrated": {"attention": {**tiny.CALIBRATED, "routed_scale": 1.5}},
+    "calibrated threshold": {"attention": {**tiny.THRESHOLD, "routed_scale": 1.5}},
+    "calibrated groups": {"attention": tiny.GROUPS_ON},
     "bam expert": {"attention": {"kind": "bam", "num_experts": 3}},
     "bam shared": {"attention": {"kind": "bam", "num_experts": 3, "kv": "shared"}},
     "uoe": {"mlp": {"kind": "uoe", "num_experts": 8, "top_k": 3, "output_scale": 1.5}},
     "uoe soft": {"mlp": {"kind": "uoe", "num_experts": 8, "top_k": 3, "weights": "soft"}},
     "uoe threshold": {"mlp": {"kind": "uoe", "num_experts": 8, "top_k": 3, "mode": "threshold"}},
+    "uoe budget": {"mlp": {**tiny.BUDGET, "num_experts": 8, "mean_experts": 3}},
+    "uoe biased": {
+        "attention": {"kind": "uoe", "num_experts": 3, "top_k": 1, "router_bias": True},
+    },
     "uoe sequence": {"mlp": {"kind": "uoe", "num_experts": 8, "top_k": 3, "mode": "sequence"}},
     "uoe expert_choice": {
         "mlp": {"kind": "uoe", "num_experts": 8, "top_k": 3, "mode": "expert_choice"},

@@ -45,10 +45,11 @@ ROUTED: dict[str, tuple[Any, Any]] = {
     "bam": ({"kind": "bam", "num_experts": 3}, tiny.MOE),
     "uoe": ({"kind": "uoe", "num_experts": 3, "top_k": 2}, UNION),
     "threshold": (None, {**UNION, "mode": "threshold"}),
+    "budgets": (tiny.THRESHOLD, tiny.BUDGET),
     "expert_choice": (None, {**UNION, "mode": "expert_choice"}),
     "sequence": (None, {**UNION, "mode": "sequence"}),
 }
-CAUSAL = ("moe", "moh", "two_stage", "bam", "uoe", "threshold", "mixtral", "deepseek_v3")
+CAUSAL = ("moe", "moh", "two_stage", "bam", "uoe", "threshold", "budgets", "mixtral", "deepseek_v3")
 
 
 def model(name: str, seed: int = 1) -> Any:

@@ -29,7 +29,7 @@ def actions_of(name: str, semantics: str) -> list[tuple[str, ...]]:
         return []
     if name.startswith("bam"):
         return [("off", "bias:0.4")]
-    if name in ("moh kv_group", "uoe attention"):
+    if name in ("moh kv_group", "calibrated groups", "uoe attention", "uoe biased"):
         return [("off",), ("bias:-4",), ("force",)]
     return BEFORE
 
@@ -93,9 +93,17 @@ def expected(
         }
         rows = [{key: parts[key][i] for key in parts} for i in range(len(x))]
         return torch.tensor([by_hand.two_stage_gate(row, spec, *given) for row in rows])
+    if name.startswith("calibrated"):
+        total = gates.found[number].experts
+        scores = (x @ router.weight.double().T + router.bias.double()).tolist()
+        rows = [by_hand.calibrated_gate(row, spec, *given, total) for row in scores]
+        return torch.tensor(rows)
     if name == "uoe sequence":  # one choice for all tokens of a sequence, of their mean
         x = x.mean(1, keepdim=True).expand_as(x)
-    logits = (x @ router.weight.double().T).flatten(0, -2).tolist()
+    logits = (x @ router.weight.double().T).flatten(0, -2)
+    if getattr(router, "bias", None) is not None:
+        logits = logits + router.bias.double()
+    logits = logits.tolist()
     if name.startswith("bam"):
         return torch.tensor([by_hand.soft_gate(row, *given) for row in logits])
     if name == "uoe expert_choice":
@@ -208,3 +216,29 @@ def test_what_has_no_meaning_is_refused(name, semantics, edit, reason, plain):
     )
     with pytest.raises(UserError, match=reason), tuned(plain(name).model, tuning):
         pass
+
+
+@pytest.mark.parametrize("name", ["calibrated threshold", "uoe budget"])
+@pytest.mark.parametrize("action", ["off", "force"])
+def test_where_no_number_is_fixed_any_may_be_off_or_forced(name, action, plain):
+    """Of all routed units at once; with a fixed number that is refused."""
+    gates = plain(name)
+    edits = [
+        Edit(layer=site.layer, part=site.part, expert=unit, action=action)
+        for site in gates.found
+        for unit in range(site.experts)
+        if unit not in site.always
+    ]
+    tuning = Tuning(semantics="pre_select", experts=edits)
+    tuned_gates = Gates(gates.model)
+    with tuned(gates.model, tuning):
+        tuned_gates.run(tiny.tokens(2, 24))
+    for number, site in enumerate(gates.found):
+        expected = torch.zeros(site.experts, dtype=torch.bool)
+        expected[list(site.always)] = True
+        assert torch.equal(tuned_gates.gates[number] > 0, (expected | (action == "force")).expand(
+            48, -1))  # fmt: skip
+    if name == "uoe budget":
+        fixed = plain("uoe").model
+        with pytest.raises(UserError, match="8 experts"), tuned(fixed, tuning):
+            pass

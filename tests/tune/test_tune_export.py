@@ -128,6 +128,27 @@ def test_pre_select_is_in_the_selection_bias(name, scale, folder, tmp_path):
     assert receipt["verification"]["without_tuning"] > 1e-3
 
 
+@pytest.mark.parametrize("semantics", ["pre_select", "pre_topk"])
+@pytest.mark.parametrize("name", ["calibrated", "calibrated threshold", "uoe budget", "uoe biased"])
+def test_where_scores_do_nothing_but_choose_it_is_in_their_bias(name, semantics, folder, tmp_path):
+    actions, units = ("off", "force", "bias:-0.3"), (2, 5, 7)
+    if name == "uoe biased":
+        actions, units = ("force",), (2,)  # of three, one is on
+    tuning = everywhere(mixtures.build(name), semantics, actions, units)
+    exported(folder(name), tuning, tmp_path / "out")
+    changed = [
+        (now - before)
+        for (key, before), now in zip(
+            stored(folder(name)).items(), stored(tmp_path / "out").values(), strict=True
+        )
+        if not torch.equal(before, now) and key.endswith("router.bias")
+    ]
+    assert len(changed) == 3 and all((c.abs() > 9e3).any() for c in changed)
+    receipt = json.loads((tmp_path / "out" / "receipt.json").read_text())
+    assert receipt["verification"]["relative_difference"] < 1e-5
+    assert receipt["verification"]["without_tuning"] > 1e-3
+
+
 @pytest.mark.parametrize("name", REMOVABLE)
 def test_an_expert_off_before_the_choice_can_be_taken_away(name, folder, tmp_path):
     model = mixtures.build(name)
@@ -170,6 +191,8 @@ REFUSED = [
     ("mixtral", "pre_select", ("force",), (), "pre_select of force: .* works at run time"),
     ("gpt_oss", "pre_topk", ("bias:1",), (), "pre_topk of bias: this router has no bias"),
     ("moh", "pre_topk", ("off",), (), "post_zero"),
+    ("uoe biased", "post_renorm", ("off",), (), "no weight says it"),
+    ("calibrated", "pre_select", ("off",), ("--remove",), "not of kind calibrated"),
     ("moe groups", "pre_select", ("off",), (), "The nearest is --semantics post_zero"),
     ("moe groups", "pre_select", ("off",), ("--remove",), "equally large"),
     ("olmoe raw", "pre_topk", ("off",), ("--remove",), "Use --semantics pre_select"),
