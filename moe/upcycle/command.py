@@ -31,11 +31,31 @@ TopGroups = Annotated[
                  "default all."),
 ]  # fmt: skip
 Partition = Annotated[
-    Literal["contiguous", "random", "kmeans", "activation"],
+    Literal["contiguous", "random", "kmeans", "activation", "shared-coactivation"] | None,
     typer.Option(help="Which neurons belong together: as they lie, at random, by their gate rows, "
-                 "or by when they are active on --calibrate text."),
+                 "by when they are active on --calibrate text, or by that with those always on "
+                 "that add most. Default contiguous, the last with --router calibrated."),
 ]  # fmt: skip
-Shared = Annotated[int, typer.Option(help="Neurons of each MLP that are always on.")]
+Shared = Annotated[
+    int | None,
+    typer.Option(help="Neurons of each MLP that are always on; default none, a quarter with "
+                 "shared-coactivation."),
+]  # fmt: skip
+SliceRouter = Annotated[
+    Literal["random", "calibrated"] | None,
+    typer.Option(help="random: drawn, for training to begin from; calibrated: fitted to "
+                 "--calibrate text, the default where there is one."),
+]  # fmt: skip
+Target = Annotated[
+    Literal["norm", "loss"] | None,
+    typer.Option(help="What a calibrated choice goes by: the norm of what a part adds, or what the "
+                 "loss makes of it. Default loss."),
+]  # fmt: skip
+Refit = Annotated[
+    bool,
+    typer.Option("--refit", help="Fit the output projection to the parts that are on, too: no "
+                 "longer the dense model where all are."),
+]  # fmt: skip
 FFNWeights = Annotated[
     Literal["raw", "renorm"],
     typer.Option(help="renorm: weights of the chosen FFNs sum to 1. raw: their probabilities, as "
@@ -58,6 +78,10 @@ def _common(
     ] = None,
     calibrate: Annotated[
         Path | None, typer.Option(help="Text to fit to, where something is fitted.")
+    ] = None,
+    calibration_tokens: Annotated[
+        int | None,
+        typer.Option(min=1, help="Of that text, for what is calibrated; default 16384."),
     ] = None,
     text: Annotated[Path | None, typer.Option(help="Held-out text to verify on.")] = None,
     verify: Annotated[
@@ -105,20 +129,40 @@ def recipe(several: bool = False) -> Callable[[Callable[..., Any]], Callable[...
 @recipe()
 def moh(
     router: Annotated[
-        Literal["qnorm", "two_stage"],
-        typer.Option(help="qnorm: no parameters, heads on or off; two_stage: learned, soft."),
-    ] = "qnorm",
+        Literal["qnorm", "two_stage", "calibrated"] | None,
+        typer.Option(help="qnorm: no parameters, heads on or off; two_stage: learned, soft; "
+                     "calibrated: fitted to --calibrate text, on or off. Default calibrated where "
+                     "there is such a text, else qnorm."),
+    ] = None,
     shared_heads: Annotated[
-        int | None, typer.Option(help="The first N heads are always on; default half.")
+        int | None,
+        typer.Option(help="Heads that are always on; default half, a quarter if calibrated."),
     ] = None,
     top_k: Annotated[
         int | None, typer.Option(help="Routed heads per token; default so that 75 % are active.")
     ] = None,
+    shared: Annotated[
+        Literal["first", "calibrated"] | None,
+        typer.Option(help="Which heads those are: the first, or those that add most to --calibrate "
+                     "text. Default as the router is."),
+    ] = None,
+    budget: Annotated[
+        Literal["topk", "layer", "threshold"] | None,
+        typer.Option(help="Of a calibrated router: the same number of heads for each token; one "
+                     "for each layer; or all above one threshold. Default threshold."),
+    ] = None,
+    mean_heads: Annotated[
+        float | None,
+        typer.Option(help="Heads on per token on average, for budgets layer and threshold; default "
+                     "75 %."),
+    ] = None,
+    target: Target = None,
+    refit: Refit = False,
     granularity: Annotated[
         Literal["head", "kv_group"], typer.Option(help="What competes: heads, or whole KV groups.")
     ] = "head",
     purpose: Purpose = "train",
-) -> MoH:
+) -> MoH:  # fmt: skip
     """Mixture of attention heads (MoH): some heads always on, the others compete per token."""
     return MoH(**locals())
 
@@ -163,8 +207,11 @@ def granular(
 def split(
     num_experts: Annotated[int, typer.Option(help="Slices of each MLP.")],
     top_k: Annotated[int, typer.Option(help="Slices per token.")],
-    partition: Partition = "contiguous",
-    shared_neurons: Shared = 0,
+    partition: Partition = None,
+    shared_neurons: Shared = None,
+    router: SliceRouter = None,
+    target: Target = None,
+    refit: Refit = False,
     router_init: RouterInit = None,
     purpose: Purpose = "train",
 ) -> Split:
@@ -212,7 +259,11 @@ def uoe(
     mlp_experts: Annotated[
         int | None, typer.Option(help="Slices of each MLP; without it the MLP stays dense.")
     ] = None,
-    mlp_top_k: Annotated[int | None, typer.Option(help="Slices per token; default half.")] = None,
+    mlp_top_k: Annotated[
+        int | None,
+        typer.Option(help="Slices per token; default half, or so that 75 % of the neurons are on "
+                     "with --router calibrated."),
+    ] = None,
     attention_experts: Annotated[
         int | None,
         typer.Option(help="Parts of attention, of whole KV groups; without it attention stays "
@@ -222,10 +273,16 @@ def uoe(
         int | None, typer.Option(help="Parts of attention per token; default half.")
     ] = None,
     mode: Annotated[
-        Literal["token_choice", "threshold", "expert_choice", "sequence"],
+        Literal["token_choice", "threshold", "expert_choice", "sequence", "budget"],
         typer.Option(help="How the MLP's slices are chosen. expert_choice looks ahead: not for "
-                     "generation."),
+                     "generation. budget: all above a fitted threshold, --mean-experts of them on "
+                     "average."),
     ] = "token_choice",
+    mean_experts: Annotated[
+        float | None,
+        typer.Option(help="Slices per token on average in mode budget; default so that 75 % of the "
+                     "neurons are on."),
+    ] = None,
     weights: Annotated[
         Literal["hard", "soft"], typer.Option(help="A chosen part counts once, or by its score.")
     ] = "hard",
@@ -234,8 +291,11 @@ def uoe(
         typer.Option(help="Of the MLP's slices: 1, ratio (experts over top-k), calibrated (layer "
                      "by layer, to --calibrate text), or a number."),
     ] = "1",
-    partition: Partition = "contiguous",
-    shared_neurons: Shared = 0,
+    partition: Partition = None,
+    shared_neurons: Shared = None,
+    router: SliceRouter = None,
+    target: Target = None,
+    refit: Refit = False,
     sink_tokens: Annotated[
         int, typer.Option(help="First tokens of a sequence, kept by every part of attention.")
     ] = 1,

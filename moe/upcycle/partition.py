@@ -17,7 +17,6 @@ from moe.errors import UserError
 from moe.upcycle.expression import Expression
 from moe.upcycle.rearrange import Given
 
-PARTITIONS = ("contiguous", "random", "kmeans", "activation")
 ROUNDS = 20  # of k-means; assignments rarely change after ten
 TOKENS = 1024  # of text, whose activations tell neurons apart
 
@@ -153,7 +152,10 @@ class Activations:
 
 def require_text(reads_text: bool, text: Path | None) -> None:
     """Raise UserError where a recipe needs text that was not given, or has no use for it."""
-    what = "--partition activation and --output-scale calibrated"
+    what = (
+        "--router and --shared calibrated, --partition activation and shared-coactivation, and "
+        "--output-scale calibrated"
+    )
     if reads_text and text is None:
         raise UserError(f"{what} need --calibrate FILE, a text to run over.")
     if not reads_text and text is not None:

@@ -1,20 +1,28 @@
 """Carrying out a conversion: a recipe and a request to a folder, proof to a receipt."""
 
+import contextlib
 import dataclasses
 import json
 import os
+import shutil
 import time
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any, Literal
 
 import torch
 import typer
+from torch import Tensor
 
-from moe.errors import Corrupt, UserError
+from moe.errors import Corrupt, MoeError, SaidElsewhere, UserError, problem, raise_all
 from moe.hf.importing import write_both_ropes
 from moe.model import RoutedLlamaConfig
 from moe.model.accounting import parameter_counts
 from moe.upcycle import writer
+from moe.upcycle.calibrate.fitting import calibrate
+from moe.upcycle.calibrate.journal import FOLDER
+from moe.upcycle.calibrate.ranks import Ranks, join
+from moe.upcycle.calibrate.text import TOKENS, read_windows
 from moe.upcycle.receipt import Receipt, seal, versions
 from moe.upcycle.recipes import Conversion, convert
 from moe.upcycle.scales import fit_scales
@@ -35,6 +43,7 @@ class Request:
     layers: str | None = None
     dtype: Dtype | None = None
     calibrate: Path | None = None
+    calibration_tokens: int | None = None  # None: TOKENS
     text: Path | None = None
     verify: bool = True
     dry_run: bool = False
@@ -42,7 +51,19 @@ class Request:
 
 
 def run(recipe: Any, request: Request) -> None:
-    """Carry out a request and print what came of it."""
+    """Carry out a request and print what came of it; under torchrun the first rank does, and all
+    share the text to fit to.
+    """
+    with join() as ranks:
+        try:
+            _run(recipe, request, ranks)
+        except MoeError as error:
+            if ranks.rank:
+                raise SaidElsewhere(error.exit_code) from error
+            raise
+
+
+def _run(recipe: Any, request: Request, ranks: Ranks) -> None:
     require_other_text(request.calibrate, request.text)
     sources = [Source.open(folder) for folder in request.source]
     source = sources[0]
@@ -53,18 +74,24 @@ def run(recipe: Any, request: Request) -> None:
         raise UserError(f"{request.out} exists. Choose another --out, or remove it.")
     if any(request.out.resolve().is_relative_to(f.resolve()) for f in request.source):
         raise UserError(f"--out {request.out} lies in a source's folder. Choose another.")
-    for warning in conversion.warnings:
+    if request.calibration_tokens is not None and not conversion.fits.parts:
+        raise UserError(
+            f"--calibration-tokens {request.calibration_tokens} is for what is fitted to "
+            "--calibrate text: --router and --shared calibrated, --partition shared-coactivation."
+        )
+    if ranks.rank and (request.dry_run or not conversion.fits.parts):
+        return
+    for warning in conversion.warnings if not ranks.rank else ():
         typer.echo(f"warning: {warning}", err=True)
     if request.dry_run:
         described = describe_plan(conversion, plan, sources)
         typer.echo(json.dumps(described) if request.as_json else describe_lines(described))
         return
-    # what would make it fail is said now, not after an hour of writing
-    if request.calibrate:
-        windows(source.folder, request.calibrate, source.config.vocab_size)
-    if request.verify:
-        windows(source.folder, request.text, source.config.vocab_size)
-    receipt = execute(request, sources, conversion, plan)
+    text = read_texts(request, source, conversion)
+    if ranks.rank:
+        fit(request, source, conversion, text, None, ranks)
+        return
+    receipt = execute(request, sources, conversion, plan, text, ranks)
     if request.as_json:
         typer.echo(json.dumps({"out": str(request.out), **dataclasses.asdict(receipt)}))
         return
@@ -75,10 +102,68 @@ def run(recipe: Any, request: Request) -> None:
     typer.echo(summary(receipt.verification) if receipt.verification else "not verified")
 
 
+def read_texts(request: Request, source: Source, conversion: Conversion) -> list[Tensor]:
+    """Windows to fit to, none where nothing is fitted. Raises UserError over any text that is of no
+    use: what would make a conversion fail is said now, not after an hour of writing.
+    """
+    problems, found, vocabulary = [], [], source.config.vocab_size
+    if request.verify:
+        problems += problem(windows, source.folder, request.text, vocabulary)
+    if request.calibrate and conversion.fits.parts:
+        tokens = request.calibration_tokens or TOKENS
+        try:
+            found = read_windows(source.folder, request.calibrate, tokens, conversion.config)
+        except UserError as error:
+            problems += str(error).split("\n")
+    elif request.calibrate:
+        problems += problem(windows, source.folder, request.calibrate, vocabulary)
+    raise_all(problems)
+    return found
+
+
+def fit(
+    request: Request,
+    source: Source,
+    conversion: Conversion,
+    text: list[Tensor],
+    folder: Path | None,
+    ranks: Ranks,
+) -> dict[str, Any]:
+    """Give the plan and the config what is fitted to text; returns the receipt's record."""
+    assert request.calibrate is not None
+    config, fits = conversion.config, conversion.fits
+    record = calibrate(
+        source, conversion.layers, fits, text, request.calibrate, str(request.seed), folder,
+        ranks, quiet=request.as_json,
+    )  # fmt: skip
+    for part, changes in fits.changes.items():
+        change_layers(config, part, changes)
+    if problems := config.problems():
+        raise UserError("\n".join(problems))
+    count, longest = sum(map(len, text)), max(map(len, text))
+    return {"tokens": count, "windows": [len(text), longest], "ranks": ranks.size, **record}
+
+
+@contextlib.contextmanager
+def fitting(staging: writer.Staging) -> Iterator[None]:
+    """Nothing is kept of what was begun for a text that turns out not to suit the model."""
+    with writer.building(staging):
+        try:
+            yield
+        except UserError:
+            staging.discard()
+            raise
+
+
 def execute(
-    request: Request, sources: list[Source], conversion: Conversion, plan: writer.Plan
+    request: Request,
+    sources: list[Source],
+    conversion: Conversion,
+    plan: writer.Plan,
+    text: list[Tensor],
+    ranks: Ranks,
 ) -> Receipt:
-    """Write, verify, seal and publish. Raises Corrupt where a claim of exactness does not hold."""
+    """Fit, write, verify, seal, publish. Raises Corrupt where a claim of exactness fails."""
     source = sources[0]
     step = describe_step(request, sources, conversion)
     identity = {k: v for k, v in step.items() if k != "created"}
@@ -87,6 +172,10 @@ def execute(
         typer.echo(f"continuing in {staging.folder}", err=True)
     earlier = Receipt.read(source.folder)
     receipt = Receipt(steps=[*(earlier.steps if earlier else []), step])
+    if conversion.fits.parts:
+        with fitting(staging):
+            given = text, staging.folder / FOLDER, ranks
+            step["calibration"] |= fit(request, source, conversion, *given)
     written = writer.write_weights(plan, sources, staging, quiet=request.as_json)
     with writer.building(staging):
         writer.copy_side_files(source.folder, staging.folder)
@@ -106,13 +195,9 @@ def execute(
         if request.verify:
             with assembled(staging.folder, config) as whole:
                 receipt.verification = verify(
-                    source.folder,
-                    whole,
-                    request.text,
-                    conversion.exact,
-                    quiet=request.as_json,
-                    others=request.source[1:],
-                )
+                    source.folder, whole, request.text, conversion.exact,
+                    quiet=request.as_json, others=request.source[1:],
+                )  # fmt: skip
             if receipt.verification["status"] == "fail":
                 raise Corrupt(
                     f"{request.out} should compute what {source.folder} computes and does not: "
@@ -122,20 +207,27 @@ def execute(
         for path in config.iterdir():
             path.rename(staging.folder / path.name)
         config.rmdir()
+        shutil.rmtree(staging.folder / FOLDER, ignore_errors=True)
         receipt.files, receipt.tensors = written.files, written.tensors
         seal(staging.folder, receipt)
         staging.publish()
     return receipt
 
 
-def set_scales(config: RoutedLlamaConfig, scales: dict[int, float]) -> None:
+def set_scales(config: RoutedLlamaConfig, scales: Mapping[int, float]) -> None:
     """Give each of these layers' MLPs its own output scale."""
-    given: Any = config.mlp
+    change_layers(config, "mlp", {i: {"output_scale": scale} for i, scale in scales.items()})
+
+
+def change_layers(
+    config: RoutedLlamaConfig, part: str, changes: Mapping[int, Mapping[str, Any]]
+) -> None:
+    """Give these layers' attention or MLP fields of their own; one entry where all are equal."""
+    given: Any = getattr(config, part)
     layers = given if isinstance(given, list) else [given] * config.num_hidden_layers
-    config.mlp = [
-        {**layer, "output_scale": scales[i]} if i in scales else layer
-        for i, layer in enumerate(layers)
-    ]
+    changed = [{**layer, **changes.get(i, {})} for i, layer in enumerate(layers)]
+    same = all(layer == changed[0] for layer in changed)
+    setattr(config, part, changed[0] if same else changed)
 
 
 def describe_step(
@@ -161,7 +253,11 @@ def describe_step(
             for source in sources
         ],
         "calibration": request.calibrate
-        and {"path": str(request.calibrate), "xxh3": hash_file(request.calibrate)},
+        and {
+            "path": str(request.calibrate),
+            "xxh3": hash_file(request.calibrate),
+            **({"tokens": request.calibration_tokens or TOKENS} if conversion.fits.parts else {}),
+        },
         "exact": conversion.exact,
         "statement": conversion.statement,
         "created": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
@@ -189,6 +285,7 @@ def describe_plan(
     total, active = parameter_counts(conversion.config)
     return {
         "groups": list(groups.values()),
+        "fitted": [part.describe() for part in conversion.fits.parts],
         "linked_bytes": linked,
         "written_bytes": written,
         "total_parameters": total,
@@ -209,6 +306,7 @@ def describe_lines(described: dict[str, Any]) -> str:
         + ("" if g["from"] == g["tensor"] else f" = {g['from']}")
         for g in described["groups"]
     ]
+    lines += [f"to be fitted to text: {what}" for what in described["fitted"]]
     lines.append(
         f"{described['linked_bytes'] / 1e9:.2f} GB linked where the file system allows, "
         f"{described['written_bytes'] / 1e9:.2f} GB written; "

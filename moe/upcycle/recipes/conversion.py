@@ -9,7 +9,7 @@ a source may be a RoutedLlama whose other part is routed already.
 import functools
 import re
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, ClassVar, Protocol, Self
 
@@ -18,6 +18,7 @@ import torch
 from moe.errors import Corrupt, UserError, problem, raise_all
 from moe.hf.families import routed_config
 from moe.model import RoutedLlamaConfig, RoutedLlamaForCausalLM
+from moe.upcycle.calibrate.parts import Fits
 from moe.upcycle.expression import Cast, Read
 from moe.upcycle.partition import Activations, require_text
 from moe.upcycle.recipes.agreement import require_agreement
@@ -59,6 +60,8 @@ class Conversion:
     exact: bool  # whether the method preserves the function, up to rounding
     statement: str  # why it does, or what it changes
     warnings: tuple[str, ...] = ()
+    layers: Sequence[int] = ()
+    fits: Fits = field(default_factory=Fits)  # what is to be fitted before the plan can be read
 
 
 def convert(
@@ -76,6 +79,8 @@ def convert(
         problems.append(str(error))
     problems += problem(_require_dense, config, recipe, chosen)
     problems += problem(require_agreement, sources, dtype)
+    if calibrate is not None and getattr(recipe, "router", "") is None:
+        recipe = recipe.fitted()
     try:
         recipe = recipe.resolved(config, len(sources))
     except UserError as error:
@@ -89,7 +94,7 @@ def convert(
             plan.pop("lm_head.weight", None)  # one tensor, stored once
     target = Target(
         config=config, plan=dict(plans[0]), sources=plans, layers=chosen, seed=seed,
-        activations=Activations(source.folder, calibrate) if calibrate else None,
+        activations=Activations(source.folder, calibrate) if calibrate else None, dtype=dtype,
     )  # fmt: skip
     exact = recipe.apply(target)
     _check_names(target.plan, config, source)
@@ -104,6 +109,8 @@ def convert(
         exact=bool(exact),
         statement=statement,
         warnings=(*_left_behind(source), *recipe.warnings()),
+        layers=chosen,
+        fits=target.fits,
     )
 
 

@@ -3,14 +3,25 @@
 import dataclasses
 import random
 from dataclasses import dataclass
-from typing import ClassVar, Literal, Self
+from typing import Any, ClassVar, Self
 
 from moe.errors import UserError, problem, raise_all
 from moe.model import RoutedLlamaConfig
 from moe.model.spec import MoEMLP, to_dict
+from moe.upcycle.calibrate.parts import FittedOrder, Measure
 from moe.upcycle.expression import Concat, Expression, Noise, Redraw, Stack
-from moe.upcycle.partition import Partition, order_of
-from moe.upcycle.rearrange import Given, Rows, Take, scaled
+from moe.upcycle.partition import order_of
+from moe.upcycle.rearrange import Given, Order, Rows, Take, scaled
+from moe.upcycle.recipes.fitted import (
+    COACTIVATION,
+    Partition,
+    Router,
+    fit_slices,
+    option_problems,
+    refit_statement,
+    shared_by_default,
+    with_defaults,
+)
 from moe.upcycle.recipes.seam import (
     ROUTER_STD,
     Purpose,
@@ -23,6 +34,7 @@ from moe.upcycle.recipes.seam import (
     router_std,
 )
 
+SPREAD = 0.01  # of calibrated weights about even ones
 MLP = tuple[Expression, Expression, Expression]  # gate, up, down
 
 
@@ -211,58 +223,79 @@ class Split:
 
     num_experts: int
     top_k: int
-    partition: Literal["contiguous", "random", "kmeans", "activation"] = "contiguous"
-    shared_neurons: int = 0
+    partition: Partition | None = None  # None: contiguous, shared-coactivation if calibrated
+    shared_neurons: int | None = None  # None: none, a quarter with shared-coactivation
+    router: Router | None = None  # None: random
+    target: Measure | None = None  # of what is calibrated; None: loss
+    refit: bool = False  # fit the down projection to the slices that are on
     router_init: str | None = None  # None: normal:0.02, zero where every expert is chosen
     purpose: Purpose = "train"
+
+    def fitted(self) -> Self:
+        """What is meant where there is a text to fit to and no router was named."""
+        if self.partition == "activation":
+            return self
+        return dataclasses.replace(self, router="calibrated")
 
     @property
     def reads_text(self) -> bool:
         """Whether the recipe is fitted to `--calibrate` text."""
-        return self.partition == "activation"
+        return self.router == "calibrated" or self.partition in ("activation", COACTIVATION)
 
     def resolved(self, config: RoutedLlamaConfig, sources: int) -> Self:
         default = "zero" if self.top_k == self.num_experts else f"normal:{ROUTER_STD}"
-        recipe = dataclasses.replace(self, router_init=self.router_init or default)
+        recipe = with_defaults(dataclasses.replace(self, router_init=self.router_init or default))
         width = config.intermediate_size
-        problems = choice_problems(self.num_experts, self.top_k)
+        shared = shared_by_default(recipe, width, self.num_experts)
+        recipe = dataclasses.replace(recipe, shared_neurons=shared)
+        problems = option_problems(recipe, self)
+        if recipe.router == "calibrated" and self.router_init is not None:
+            problems.append(f"--router-init {self.router_init}: a calibrated router is not drawn.")
+        problems += choice_problems(self.num_experts, self.top_k)
         problems += problem(router_std, recipe.router_init)
-        problems += slice_problems(width, self.shared_neurons, self.num_experts, "--num-experts")
+        problems += slice_problems(width, shared, self.num_experts, "--num-experts")
         raise_all(problems)
         return recipe
 
     def apply(self, target: Target) -> str:
-        inner = target.config.intermediate_size
-        width = (inner - self.shared_neurons) // self.num_experts
+        inner, shared = target.config.intermediate_size, self.shared_neurons
+        assert self.router_init is not None and self.partition is not None and shared is not None
+        width = (inner - shared) // self.num_experts
         spec = MoEMLP(
             num_experts=self.num_experts,
             top_k=self.top_k,
             intermediate_size=None if width == inner else width,
-            shared_intermediate_size=self.shared_neurons,
+            shared_intermediate_size=shared,
             balance_coef=balance(self.purpose),
         )
         target.set_parts("mlp", to_dict(spec))
-        assert self.router_init is not None
         std = router_std(self.router_init)
+        orders: dict[int, Order] = {}
+        how: dict[str, Any] = {"budget": "topk", "keep": float(self.top_k)}
+        # native forms have no bias, and weights that sum to 1
+        fit_slices(target, self, self.num_experts, orders, intercept=False, spread=SPREAD, **how)
         for layer in target.layers:
-            cut_mlp(
-                target, layer, self.partition, self.num_experts, self.shared_neurons, self.top_k
-            )
-            target.draw_router(f"model.layers.{layer}.mlp.router.weight", self.num_experts, std)
-        if self.top_k == self.num_experts and std == 0:
+            given = self.partition, self.num_experts, shared, self.top_k
+            orders[layer] = cut_mlp(target, layer, *given)
+            if self.router != "calibrated":
+                name = f"model.layers.{layer}.mlp.router.weight"
+                target.draw_router(name, self.num_experts, std)
+        if self.top_k == self.num_experts and std == 0 and self.router != "calibrated":
             return "all slices are chosen, with weight 1"
         return ""
 
     def inexact(self, config: RoutedLlamaConfig) -> str:
         if self.top_k == self.num_experts:
-            return "every slice is on, weighed by a drawn router"
-        return (
-            f"{self.top_k} of {self.num_experts} slices of each MLP are on per token; what is left "
-            "out is to be made up for by training"
-        )
+            how = "fitted" if self.router == "calibrated" else "drawn"
+            return refit_statement(self, f"every slice is on, weighed by a {how} router")
+        text = f"{self.top_k} of {self.num_experts} slices of each MLP are on per token"
+        text += "; what is left out is to be made up for by training"
+        return refit_statement(self, text)
 
     def warnings(self) -> tuple[str, ...]:
         assert self.router_init is not None
+        if self.router == "calibrated":
+            return ()
         return idle_warning(router_std(self.router_init), self.num_experts, self.top_k)
 
 
@@ -273,7 +306,7 @@ def stack_experts(target: Target, layer: int, experts: list[MLP]) -> None:
     target.plan[f"{at}.down_proj"] = Stack(tuple(d for _, _, d in experts))
 
 
-def slice_of(mlp: MLP, order: Given | Partition, start: int, stop: int, factor: float) -> MLP:
+def slice_of(mlp: MLP, order: Order, start: int, stop: int, factor: float) -> MLP:
     """The neurons start..stop of an order, their output times `factor`."""
     gate, up, down = mlp
     rows = [Take(m, order, start, stop, axis=0) for m in (gate, up)]
@@ -282,12 +315,17 @@ def slice_of(mlp: MLP, order: Given | Partition, start: int, stop: int, factor: 
 
 def cut_mlp(
     target: Target, layer: int, partition: str, num_experts: int, shared: int, factor: float
-) -> None:
-    """Slices of a layer's MLP into the plan: the shared one as it is, the others times `factor`."""
+) -> Order:
+    """Slices of a layer's MLP into the plan: the shared one as it is, the others times `factor`.
+
+    Returns the order that they are slices of.
+    """
     mlp = target.pop_mlp(layer)
     at = f"model.layers.{layer}.mlp"
-    key = f"{target.seed}/{at}"
-    order = order_of(partition, layer, mlp[0], num_experts, shared, key, target.activations)
+    order: Order = FittedOrder(layer, target.fits)
+    if partition != COACTIVATION:
+        given = num_experts, shared, f"{target.seed}/{at}", target.activations
+        order = order_of(partition, layer, mlp[0], *given)
     width = (mlp[0].shape[0] - shared) // num_experts
     edges = [shared + i * width for i in range(num_experts)]
     stack_experts(
@@ -297,6 +335,7 @@ def cut_mlp(
         names = ("gate_proj", "up_proj", "down_proj")
         for name, part in zip(names, slice_of(mlp, order, 0, shared, 1), strict=True):
             target.plan[f"{at}.shared_expert.{name}.weight"] = part
+    return order
 
 
 def slice_problems(width: int, shared: int, num_experts: int, option: str) -> list[str]:

@@ -1,11 +1,14 @@
 """What a recipe works on, and what every recipe needs."""
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, Literal
+
+import torch
 
 from moe.errors import UserError
 from moe.model import RoutedLlamaConfig
+from moe.upcycle.calibrate.parts import Fits, Fitted, Part
 from moe.upcycle.expression import Draw, Expression
 from moe.upcycle.partition import Activations
 
@@ -28,6 +31,8 @@ class Target:
     layers: Sequence[int]
     seed: int
     activations: Activations | None = None  # of the first source, on text to calibrate with
+    dtype: torch.dtype | None = None  # of the result, where it is not the sources'
+    fits: Fits = field(default_factory=Fits)  # what is to be fitted, empty where nothing is
 
     def set_parts(self, part: str, spec: dict[str, Any]) -> None:
         """Give the layers a specification; one entry for all layers where all are equal."""
@@ -44,6 +49,24 @@ class Target:
         shape = (rows, self.config.hidden_size)
         dtype = self.plan["model.norm.weight"].dtype
         self.plan[name] = Draw(shape, dtype, std, f"{self.seed}/{name}")
+
+    def fit(self, part: Part) -> None:
+        """Have a part fitted in each layer: its router, and its output projection where asked."""
+        self.fits.parts.append(part)
+        dtype = self.fits.dtype = self.dtype or self.plan["model.norm.weight"].dtype
+        hidden = self.config.hidden_size
+        routed = part.units - part.shared
+        for layer in self.layers:
+            if part.routes:
+                weight, bias = (part.router(layer, kind) for kind in ("weight", "bias"))
+                what = "ridge router"
+                self.plan[weight] = Fitted(weight, (routed, hidden), dtype, what, self.fits)
+                if part.intercept:
+                    self.plan[bias] = Fitted(bias, (routed,), dtype, what, self.fits)
+            if part.refit:
+                name = part.output(layer)
+                shape = self.plan[name].shape
+                self.plan[name] = Fitted(name, shape, dtype, "least squares", self.fits)
 
     def pop_mlp(self, layer: int) -> tuple[Expression, Expression, Expression]:
         """Take a layer's gate, up and down matrices out of the plan."""
