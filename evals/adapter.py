@@ -18,6 +18,7 @@ from typing import Any
 import torch
 from lm_eval.api.instance import Instance
 from lm_eval.models.huggingface import HFLM
+from lm_eval.models.utils import normalize_gen_kwargs
 
 from moe.errors import UserError
 from moe.evals.answers import Answers, digest
@@ -195,7 +196,8 @@ class BatchedLM(HFLM):
         return [found[place] for place in range(len(requests))]
 
     def _new_tokens(self, options: str) -> int:
-        return int(json.loads(options).get("max_gen_toks") or self.max_gen_toks)
+        kwargs = normalize_gen_kwargs(json.loads(options), self.max_gen_toks)
+        return int(kwargs["max_gen_toks"])
 
     def _model_generate(self, *given: Any, **more: Any) -> torch.Tensor:
         # with experts among ranks, all go on until the last of them has said everything

@@ -100,6 +100,31 @@ def find_parent(folder: Path) -> Path | None:
     raise UserError(f"{folder}: its dense parent is not known ({why}). Name one with --against.")
 
 
+def caution(folder: Path, against: Path) -> list[str]:
+    """What to know of a model that was named as a dense parent, which it need not be."""
+    receipt = Receipt.read(folder)
+    sources = [s for step in receipt.steps for s in step.get("sources", [])] if receipt else []
+    notes = []
+    if not any(_is_source(against, source) for source in sources):
+        why = "the receipt names none like it" if receipt else "it has no receipt"
+        notes.append(
+            f"{against} is not what {folder} was made from ({why}): ratios are of two models, not "
+            "of a conversion and its parent."
+        )
+    if not is_dense(read_config(against)):
+        notes.append(f"{against} is not dense: ratios are not against a dense model.")
+    return notes
+
+
+def _is_source(folder: Path, source: dict[str, Any]) -> bool:
+    """Whether a folder holds what a receipt's source held, wherever it lies."""
+    files = {"config.json": {"xxh3": source.get("config")}, **source.get("files", {})}
+    return all(
+        (folder / name).is_file() and hash_file(folder / name) == known.get("xxh3")
+        for name, known in files.items()
+    )
+
+
 def bench(
     folders: Sequence[Path], grid: Grid, say: Callable[[str], None] = print
 ) -> dict[str, Any]:
@@ -199,9 +224,9 @@ def _ratios(mine: list[dict[str, float]], parents: list[dict[str, float]]) -> di
 def _computed(model: PreTrainedModel, length: int) -> dict[str, float | None]:
     config = known(model.config)
     if config is None:
-        return {"flops_per_token": None, "computed_cache_bytes_per_token": None}
+        return {"forward_flops_per_token": None, "computed_cache_bytes_per_token": None}
     return {
-        "flops_per_token": flops_per_token(config, length) / BACKWARD,
+        "forward_flops_per_token": flops_per_token(config, length) / BACKWARD,
         "computed_cache_bytes_per_token": cache_bytes(config, length, model.dtype.itemsize)
         / length,
     }

@@ -52,6 +52,7 @@ def run(
     )  # fmt: skip
     bench.check(folders, grid)
     report = bench.bench(folders, grid, say=lambda text: typer.echo(text, err=True))
+    report["notes"] = bench.caution(model, against) if against else []
     names = short_names(folders)
     out.mkdir(parents=True)
     (out / "bench.json").write_text(json.dumps(report, indent=1) + "\n")
@@ -76,7 +77,7 @@ def describe(report: dict[str, Any], names: Sequence[str]) -> str:
         used = f", {active / 1e6:.1f} M active" if active else ""
         lines.append(f"{name}: {facts['total_parameters'] / 1e6:.1f} M parameters{used}")
     head = ["batch", "length", "model", "prompt tok/s", "first token ms", "writing tok/s",
-            "MFLOPs/token", "peak MB", "cache B/token", "computed"]  # fmt: skip
+            "forward MFLOPs/token", "peak MB", "cache B/token", "computed"]  # fmt: skip
     rows = [head]
     for point in report["points"]:
         for i, (name, found) in enumerate(zip(names, point["models"], strict=True)):
@@ -87,7 +88,8 @@ def describe(report: dict[str, Any], names: Sequence[str]) -> str:
             rows.append([*place, *_cells(found)])
             if i > 0 and point["ratios"][i - 1]:
                 rows.append([*place[:2], f"{names[0]} / {name}", *_ratio(point["ratios"][i - 1])])
-    return "\n".join(lines) + "\n\n" + aligned(rows)
+    notes = "".join(f"\n\nnote: {note}" for note in report["notes"])
+    return "\n".join(lines) + "\n\n" + aligned(rows) + notes
 
 
 def _cells(found: dict[str, Any]) -> list[str]:
@@ -98,7 +100,7 @@ def _cells(found: dict[str, Any]) -> list[str]:
         number("prefill_tokens_per_second"),
         number("time_to_first_token", 1e-3),
         number("decode_tokens_per_second"),
-        number("flops_per_token", 1e6),
+        number("forward_flops_per_token", 1e6),
         number("peak_memory_bytes", 1e6),
         number("cache_bytes_per_token"),
         number("computed_cache_bytes_per_token"),

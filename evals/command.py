@@ -2,6 +2,7 @@
 
 import json
 import logging
+import math
 import os
 import shutil
 from collections.abc import Sequence
@@ -145,11 +146,12 @@ def _evaluate(request: Request, ranks: "Ranks") -> tuple[dict[str, Any], str]:
         request.batch_size, ranks, request.expert, request.answers,
     )  # fmt: skip
     _check_answers(request, how, change)
-    report = runner.evaluate(
+    found = runner.evaluate(
         models, names, include, request.data, limit, how,
         say=lambda text: typer.echo(text, err=True) if ranks.rank == 0 else None,
         tuning=change, suite=suite, windows=windows,
     )  # fmt: skip
+    report = _plain(found)
     labels = short_names(list(models), change is not None)
     everything = runner.table(report, labels)
     table = suites.table(report["suite"], labels) if suite else everything
@@ -165,9 +167,18 @@ def _write(out: Path, report: dict[str, Any], text: str) -> None:
     out.mkdir(parents=True, exist_ok=True)
     (out / "results.md").write_text(text)
     partial = out / f"{RESULTS}.partial"
-    partial.write_text(json.dumps(report, indent=1, default=str) + "\n")
+    partial.write_text(json.dumps(report, indent=1, default=str, allow_nan=False) + "\n")
     os.replace(partial, out / RESULTS)
     shutil.rmtree(out / ANSWERS, ignore_errors=True)
+
+
+def _plain(value: Any) -> Any:
+    """The same with null for what is no number: JSON has no other."""
+    if isinstance(value, dict):
+        return {key: _plain(v) for key, v in value.items()}
+    if isinstance(value, list | tuple):
+        return [_plain(v) for v in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
 def _problems(request: Request) -> list[str]:

@@ -1,15 +1,18 @@
 """The harness's tasks: loaded once, checked against the model before anything runs, and asked.
 
 loaded = load(["local_piqa"], manager)
-check(loaded, config, tokenizer, prompting, "model")
+check(loaded, config, tokenizer, prompting, "model", answers_of(loaded, limit=100))
 results = ask(lm, loaded, limit=100, prompting=prompting)
 """
 
+import itertools
 import os
 import random
 import re
-from collections.abc import Sequence
+import sys
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 from unittest import mock
 
@@ -18,7 +21,10 @@ import numpy as np
 import torch
 from jinja2 import TemplateError
 from lm_eval import evaluator
+from lm_eval.api import metrics
+from lm_eval.api.task import ConfigurableTask
 from lm_eval.defaults import DEFAULT_OTHER_SEED, DEFAULT_RANDOM_SEED
+from lm_eval.models.utils import normalize_gen_kwargs
 
 from moe.errors import UserError, problem, raise_all
 from moe.evals import perplexity
@@ -27,6 +33,7 @@ from moe.evals.suites import Tasks
 
 # the harness asks git for the revision of the folder we stand in, which says "fatal" in any other
 evaluator.get_git_commit_hash = lambda: None
+Answers = list[tuple[int, str]]  # with the number of the item
 BOOTSTRAP = 1000  # draws, for metrics whose error has no formula
 NAMED = re.compile(r"[Dd]ataset '([\w.-]+/?[\w.-]*)'|reach '([\w.-]+/?[\w.-]*)'")
 
@@ -49,9 +56,16 @@ def load(names: Sequence[str], manager: Tasks) -> Any:
     problems = []
     for name in names:
         try:
-            built += _loaded(name, manager)
+            found = _loaded(name, manager)
         except UserError as error:
             problems += str(error).split("\n")
+            continue
+        if manager.suite is not None:
+            for task in found["tasks"].values():
+                task.set_config(key="num_fewshot", value=manager.suite.shots[name])
+        inside = {child for children in found["group_map"].values() for child in children}
+        whole = {**found["tasks"], **found["groups"]}
+        built += [value for key, value in whole.items() if key not in inside]
     raise_all(problems)
     try:
         loaded = manager.load(built)
@@ -61,27 +75,41 @@ def load(names: Sequence[str], manager: Tasks) -> Any:
         if task.get_config("num_fewshot") is None:
             task.set_config(key="num_fewshot", value=0)
         task.set_fewshot_seed(seed=DEFAULT_OTHER_SEED)
+        _never_overflow(task)
     return loaded
 
 
-def _loaded(name: str, manager: Tasks) -> list[Any]:
+def _loaded(name: str, manager: Tasks) -> Any:
     """What a name stands for: a task, a group with its tasks in it, or the tasks of a tag."""
     try:
-        loaded = manager.load([name])
+        return manager.load([name])
     except UserError:
         raise
     except TemplateError as error:
         raise UserError(f"a template of {name} fails: {error}.") from error
+    except (LookupError, TypeError) as error:  # of the first item, that the harness looks at
+        raise UserError(
+            f"{name} cannot be loaded: its first item has an empty answer, or lacks what its "
+            f"templates name ({type(error).__name__}: {_first_line(error)}). Mend its data."
+        ) from error
     except ValueError as error:  # of files that make no task
         raise UserError(f"{name} cannot be loaded: {_first_line(error)}") from error
     except OSError as error:
         raise UserError(_offline(error, name, manager)) from error
-    if manager.suite is not None:
-        for task in loaded["tasks"].values():
-            task.set_config(key="num_fewshot", value=manager.suite.shots[name])
-    inside = {child for children in loaded["group_map"].values() for child in children}
-    found = {**loaded["tasks"], **loaded["groups"]}
-    return [value for key, value in found.items() if key not in inside]
+
+
+def _never_overflow(task: Any) -> None:
+    """One word that is too unlikely for a float would end an evaluation after all its work."""
+    for metric, aggregate in getattr(task, "_aggregation_list", {}).items():
+        if aggregate in (metrics.perplexity, metrics.weighted_perplexity):
+            task._aggregation_list[metric] = partial(_bounded, aggregate)
+
+
+def _bounded(aggregate: Callable[[Any], float], items: Any) -> float:
+    try:
+        return aggregate(items)
+    except OverflowError:
+        return sys.float_info.max
 
 
 def _first_line(error: Exception) -> str:
@@ -106,7 +134,14 @@ def _offline(error: Exception, name: str, manager: Tasks) -> str:
     )
 
 
-def check(loaded: Any, config: Any, tokenizer: Any, prompting: Prompting, name: str) -> None:
+def check(
+    loaded: Any,
+    config: Any,
+    tokenizer: Any,
+    prompting: Prompting,
+    name: str,
+    answers: dict[str, Answers],
+) -> None:
     """Raise UserError with all that the model cannot answer, before it is asked anything."""
     tasks = loaded["tasks"]
     problems = problem(_check_chat, tokenizer, prompting, name)
@@ -119,9 +154,12 @@ def check(loaded: Any, config: Any, tokenizer: Any, prompting: Prompting, name: 
                 "token_choice or threshold."
             )
     positions = getattr(config, "max_position_embeddings", None)
-    for task in tasks.values():
-        if task.OUTPUT_TYPE == perplexity.REQUEST and positions is not None:
+    for task in tasks.values() if positions is not None else ():
+        if task.OUTPUT_TYPE == perplexity.REQUEST:
             problems += problem(perplexity.sizes, positions, *task.windows)
+    for title, task in tasks.items():
+        own = answers.get(title, [])
+        problems += problem(_check_lengths, title, task, own, name, positions, tokenizer)
     said = [n for n, t in tasks.items() if t.OUTPUT_TYPE == "generate_until"]
     layers = range(config.num_hidden_layers) if hasattr(config, "mlp_spec") else ()
     modes = {getattr(config.mlp_spec(i), "mode", "") for i in layers}
@@ -137,6 +175,52 @@ def check(loaded: Any, config: Any, tokenizer: Any, prompting: Prompting, name: 
             "-m moe.evals.lm_eval run --model moe … --confirm_run_unsafe_code."
         )
     raise_all(problems)
+
+
+def _check_lengths(
+    title: str, task: Any, answers: Answers, name: str, positions: int | None, tokenizer: Any
+) -> None:
+    """The harness cuts questions that are too long, and asserts that answers are not."""
+    if task.OUTPUT_TYPE == "generate_until" and positions is not None:
+        most = normalize_gen_kwargs(dict(task.config.generation_kwargs or {}))["max_gen_toks"]
+        if most >= positions:
+            raise UserError(
+                f"{title} generates up to {most} tokens, and {name} has {positions} positions: "
+                f"none is left for the question. Use a task file that includes it, with "
+                f"generation_kwargs max_gen_toks: {positions - 1} or less (--include-path)."
+            )
+    for item, answer in answers:
+        # a token is a byte or more
+        if answer.strip() and (positions is None or len(answer.encode()) <= positions):
+            continue
+        length = len(tokenizer(answer, add_special_tokens=False)["input_ids"])
+        if length == 0:
+            raise UserError(f"{title}: an answer of item {item} is empty. Mend its data.")
+        if positions is not None and length > positions:
+            raise UserError(
+                f"{title}: an answer of item {item} has {length} tokens, and {name} has "
+                f"{positions} positions. Use a model with more, or leave the task."
+            )
+
+
+def answers_of(loaded: Any, limit: int | None) -> dict[str, Answers]:
+    """What each task scores after its questions, whichever model is asked."""
+    found: dict[str, Answers] = {}
+    for title, task in loaded["tasks"].items():
+        kinds = ("multiple_choice", "loglikelihood")
+        if task.OUTPUT_TYPE not in kinds or not isinstance(task, ConfigurableTask):
+            continue
+        before = task.config.target_delimiter
+        own = found[title] = []
+        try:
+            for item, document in enumerate(itertools.islice(task.eval_docs, limit), 1):
+                if task.OUTPUT_TYPE == "loglikelihood" or task.multiple_input:
+                    own.append((item, str(task.doc_to_target(document))))
+                else:
+                    own += [(item, f"{before}{c}") for c in task.doc_to_choice(document)]
+        except TemplateError as error:
+            raise UserError(f"a template of {title} fails: {error}.") from error
+    return found
 
 
 def _check_chat(tokenizer: Any, prompting: Prompting, name: str) -> None:

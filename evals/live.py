@@ -4,7 +4,6 @@ suite = Suite("smoke", data, config, tokenizer, "model=DIR")     # refuses what 
 found = suite.measure(forward, config, ranks, tokens=4096, stopped=asked)
 """
 
-import math
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -17,10 +16,11 @@ from torch.distributed.tensor import DTensor
 from moe.errors import UserError, raise_all
 from moe.evals.adapter import BatchedLM
 from moe.evals.fitting import MOST
-from moe.evals.harness import Prompting, ask, check, load
+from moe.evals.harness import Prompting, answers_of, ask, check, load
+from moe.evals.measures import measure, rows
 from moe.evals.perplexity import domain_tasks
 from moe.evals.rounds import Rounds, Stopped
-from moe.evals.run import compare, find_tasks
+from moe.evals.run import find_tasks
 from moe.evals.suites import read
 from moe.parallel.world import Ranks
 
@@ -39,7 +39,8 @@ class Suite:
         with domain_tasks(suite.tasks, data, divide=False) as (tasks, folders):
             given = tasks, suite.include, data, folders, suite, suite.windows
             self.loaded = load(tasks, find_tasks(*given))
-        check(self.loaded, config, tokenizer, Prompting(), name)
+        answers = answers_of(self.loaded, suite.limit)
+        check(self.loaded, config, tokenizer, Prompting(), name, answers)
         raise_all(
             [
                 f"task {task} draws its answers: a model in training is asked for the likeliest."
@@ -56,29 +57,28 @@ class Suite:
         ranks: Ranks,
         tokens: int,
         stopped: Callable[[], bool],
-    ) -> dict[str, dict[str, float | None]] | None:
-        """{"task/metric": {"value", "error"}}, errors on the first rank alone; None where all ranks
-        are asked to leave, which `stopped` says before each forward pass.
+    ) -> dict[str, dict[str, Any]] | None:
+        """{"task/metric": {"value", "error", "interval"}}, all errors on the first rank alone, and
+        `why` where the value is no number but null; None where all ranks are asked to leave, which
+        `stopped` says before each forward pass.
 
         A forward pass has at most `tokens`, unless a single prompt has more. Python's, numpy's and
         torch's random state are other ones afterwards.
         """
         lm = LiveLM(forward, config, self.tokenizer, ranks, tokens, stopped)
         try:
-            rows = compare([ask(lm, self.loaded, self.limit, Prompting())])
+            found = measure([ask(lm, self.loaded, self.limit, Prompting())], self.loaded["groups"])
         except Stopped:
             return None
         return {
             f"{row['task']}/{row['metric']}": {
-                "value": _finite(row["values"][0]),
+                "value": row["values"][0],
                 "error": row["errors"][0],
+                "interval": row["intervals"][0],
+                **({"why": row["why"][0]} if row["why"][0] else {}),
             }
-            for row in rows
+            for row in rows(found)
         }
-
-
-def _finite(value: float) -> float | None:
-    return float(value) if math.isfinite(value) else None  # JSON has no other
 
 
 class Live:

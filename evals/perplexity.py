@@ -1,4 +1,4 @@
-"""Perplexity of documents in sliding windows, a task per domain, intervals over documents.
+"""Perplexity of documents in sliding windows, a task per domain.
 
 A window is so many tokens, as the model's positions are; each next one predicts `stride` more, the
 last of them with `window - stride` tokens or more before it. A document that fits into one window
@@ -6,26 +6,22 @@ is read as a whole. With stride = window it is the harness's own rolling protoco
 """
 
 import contextlib
-import math
-import sys
 import tempfile
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import yaml
 from lm_eval.api.instance import Instance
 from lm_eval.api.task import ConfigurableTask
 from lm_eval.utils import get_rolling_token_windows, make_disjoint_window
 
 from moe.errors import raise_all
+from moe.evals.tasks.loaders import documents
 
 REQUEST = "sliding_windows"  # what the harness calls the adapter's method by
 TASK = "local_perplexity"
-DRAWS, LEVEL = 1000, 0.95  # of the bootstrap; of its intervals
 FORWARD_TOKENS = 1024  # per item of the batch size: its logits bound what a laptop can hold
-BITS = {"bits_per_byte"}  # of the ratios; the others are perplexities
 
 Window = tuple[list[int], list[int]]  # what is known, what is predicted
 
@@ -77,11 +73,21 @@ def domain_tasks(
 
     `local_perplexity` becomes a task per subfolder of `text/` in the data, where it has any: rows
     per domain instead of one number for all; not so where not to `divide`, as in a suite, whose
-    rows are known before. `local_perplexity_NAME` is one of them.
+    rows are known before. `local_perplexity_NAME` is one of them. Raises UserError for texts beside
+    such folders, which would be in no row.
     """
     text = data / "text" if data else None
     inside = sorted(text.iterdir()) if text is not None and text.is_dir() else []
-    domains = [p.name for p in inside if p.is_dir()]
+    domains = [p.name for p in inside if p.is_dir() and p.name[0] != "." and documents(p)]
+    if divide and domains and TASK in tasks:
+        raise_all(
+            [
+                f"{p} lies beside folders, which are domains ({', '.join(domains)}): move it into "
+                "one, or all of them into one."
+                for p in documents(text or Path())
+                if p.parent == text
+            ]
+        )
     names = []
     for task in tasks:
         every = divide and task == TASK and domains
@@ -96,34 +102,3 @@ def domain_tasks(
                 }
                 (Path(temporary) / f"{name}.yaml").write_text(yaml.safe_dump(fields))
         yield names, [Path(temporary)]
-
-
-def resample(results: Sequence[Any], task: str, metric: str) -> np.ndarray | None:
-    """A metric of several models [models, draws] in the same bootstrap samples of a task's
-    documents; None where it is no ratio of sums over documents, where there are fewer than two, or
-    where a draw has nothing to divide by.
-    """
-    sums: list[np.ndarray] = []
-    for result in results:
-        samples = sorted(result.get("samples", {}).get(task, []), key=lambda s: s["doc_id"])
-        values = [sample.get(metric) for sample in samples]
-        if len(values) < 2 or not all(isinstance(v, tuple | list) and len(v) == 2 for v in values):
-            return None
-        sums.append(np.array(values, dtype=np.float64))
-    documents = len(sums[0])
-    if any(len(s) != documents for s in sums):
-        return None
-    generator = np.random.default_rng(0)
-    counts = generator.multinomial(documents, np.full(documents, 1 / documents), size=DRAWS)
-    if any((counts @ s[:, 1] == 0).any() for s in sums):
-        return None
-    losses = np.stack([-(counts @ s[:, 0]) / (counts @ s[:, 1]) for s in sums])
-    if metric in BITS:
-        return losses / math.log(2)
-    return np.exp(np.minimum(losses, math.log(sys.float_info.max)))
-
-
-def interval(draws: np.ndarray) -> tuple[float, float]:
-    """What LEVEL of one model's draws lie within."""
-    low, high = np.quantile(draws, [(1 - LEVEL) / 2, (1 + LEVEL) / 2])
-    return float(low), float(high)

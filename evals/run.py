@@ -6,7 +6,6 @@ report = evaluate([model, parent], ["local_piqa"], data=Path("data"), limit=100)
 import contextlib
 import dataclasses
 import difflib
-import math
 import platform
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -14,12 +13,14 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
+from lm_eval.tasks._yaml_loader import load_yaml
+
 from moe.checkpoint import manifest
 from moe.errors import UserError, raise_all
-from moe.evals import perplexity, suites
+from moe.evals import measures, perplexity, suites
 from moe.evals.adapter import MoeLM, alone
 from moe.evals.answers import Answers
-from moe.evals.harness import Prompting, ask, check, load
+from moe.evals.harness import Prompting, answers_of, ask, check, load
 from moe.hf.inspect import routed, sizes
 from moe.hf.loading import identity, load_tokenizer
 from moe.parallel.world import Ranks
@@ -67,12 +68,30 @@ def find_tasks(
     problems = []
     for name in names:
         if name not in manager.all_tasks:
-            close = difflib.get_close_matches(name, manager.all_tasks, n=3)
-            hint = f"Closest: {', '.join(close)}." if close else "See --include-path."
-            problems.append(f"task {name!r} does not exist. {hint}")
+            problems.append(unknown(name, manager.all_tasks))
+    if problems and include:  # the harness passes over what it cannot read
+        problems += unreadable(include)
     raise_all(problems)
     manager.check()
     return manager
+
+
+def unknown(name: str, known: Sequence[str]) -> str:
+    """What is said of a task that there is not."""
+    close = difflib.get_close_matches(name, known, n=3)
+    hint = f"Closest: {', '.join(close)}." if close else "See --include-path."
+    return f"task {name!r} does not exist. {hint}"
+
+
+def unreadable(folder: Path) -> list[str]:
+    """Task files that are not YAML."""
+    problems = []
+    for path in sorted(folder.rglob("*.yaml")):
+        try:
+            load_yaml(path, resolve_func=False)
+        except Exception as error:
+            problems.append(f"{path} is not a task: {' '.join(str(error).split())}.")
+    return problems
 
 
 def evaluate(
@@ -102,22 +121,23 @@ def evaluate(
             raise UserError(
                 f"--window and --stride are for {perplexity.TASK}, which is not among the tasks."
             )
+        answers = answers_of(loaded, limit)
         for model in models:
             given = read_config(model), load_tokenizer(model)
-            check(loaded, *given, how.prompting, str(model))
+            check(loaded, *given, how.prompting, str(model), answers)
         results = [
             _result(model, loaded, limit, how, say, None if place else tuning)
             for place, model in enumerate(models)
         ]
-        rows = compare(results)
-        found = suites.summary(suite, rows, manager) if suite else None
+        found = measures.measure(results, loaded["groups"])
+        summary = suites.summary(suite, found, manager) if suite else None
     return {
         "models": [identify(model) for model in models],
         "tuning": None if tuning is None else dataclasses.asdict(tuning),
         "prompting": dataclasses.asdict(how.prompting),
         "versions": versions(),
-        "rows": rows,
-        "suite": found,
+        "rows": measures.rows(found),
+        "suite": summary,
         "results": [
             {key: r[key] for key in ("results", "groups", "n-samples", "n-shot") if key in r}
             for r in results
@@ -178,107 +198,11 @@ def identify(folder: Path) -> dict[str, Any]:
     return found
 
 
-def compare(results: Sequence[Any]) -> list[dict[str, Any]]:
-    """One row a task and metric: each model's value and error, and each baseline's difference.
-
-    Differences are first model minus baseline. Their standard error is paired over items, since all
-    models answer the same ones, where the metric is a mean over items or, by bootstrap, a ratio of
-    sums over documents; else it is None. Intervals hold 95 %.
-    """
-    rows = []
-    for task, metrics in results[0]["results"].items():
-        for key, value in metrics.items():
-            name, comma, filtered = key.partition(",")
-            if not comma or name.endswith("_stderr") or not isinstance(value, int | float):
-                continue
-            error_key = f"{name}_stderr,{filtered}"
-            row = {
-                "task": task,
-                "metric": name if filtered == "none" else f"{name} ({filtered})",
-                "values": [r["results"][task][key] for r in results],
-                "errors": [_error(r["results"][task].get(error_key)) for r in results],
-                "differences": [],
-            }
-            draws = perplexity.resample(results, task, name)
-            if draws is not None:
-                row["errors"] = [_error(float(d.std())) for d in draws]
-            scores = [item_scores(r, task, name, filtered) for r in results]
-            row["intervals"] = intervals(row["values"], row["errors"], draws, scores)
-            for i, baseline in enumerate(results[1:], start=1):
-                difference = value - baseline["results"][task][key]
-                paired = paired_error(results[0], baseline, task, name, filtered)
-                if draws is not None:
-                    paired = _error(float((draws[0] - draws[i]).std()))
-                row["differences"].append({"value": difference, "error": paired})
-            rows.append(row)
-    return rows
-
-
-def intervals(
-    values: Sequence[float], errors: Sequence[float | None], draws: Any, scores: Sequence[Any]
-) -> list[tuple[float, float] | None]:
-    """Each model's 95 %: of its draws; of a share of items, which ends at 0 and 1 and is there
-    where all items are alike; else of the normal distribution around a mean.
-    """
-    if draws is not None:
-        return [perplexity.interval(d) for d in draws]
-    found: list[tuple[float, float] | None] = []
-    for value, error, items in zip(values, errors, scores, strict=True):
-        right = sum(items.values())
-        if items and {*items.values()} <= {0.0, 1.0} and math.isclose(right / len(items), value):
-            found.append(wilson(value, len(items)))
-        else:
-            found.append((value - 1.96 * error, value + 1.96 * error) if error else None)
-    return found
-
-
-def wilson(share: float, items: int, z: float = 1.96) -> tuple[float, float]:
-    """The interval of a share of so many items (Wilson 1927)."""
-    middle = (share + z * z / (2 * items)) / (1 + z * z / items)
-    half = z * math.sqrt(share * (1 - share) / items + (z / (2 * items)) ** 2) / (1 + z * z / items)
-    return max(0.0, middle - half), min(1.0, middle + half)
-
-
-def _error(value: Any) -> float | None:
-    return float(value) if isinstance(value, int | float) and math.isfinite(value) else None
-
-
-def item_scores(result: Any, task: str, metric: str, filtered: str) -> dict[int, float]:
-    """What each item of a task counts, by its number; none where a metric is no mean of items."""
-    return {
-        s["doc_id"]: float(s[metric])
-        for s in result.get("samples", {}).get(task, [])
-        if s.get("filter", "none") == filtered and isinstance(s.get(metric), int | float)
-    }
-
-
-def paired_error(first: Any, second: Any, task: str, metric: str, filtered: str) -> float | None:
-    """Standard error of the mean difference over the items of a task."""
-    left, right = (item_scores(result, task, metric, filtered) for result in (first, second))
-    differences = [left[item] - right[item] for item in left if item in right]
-    count = len(differences)
-    if count < 2:
-        return None
-    mean = sum(differences) / count
-    return math.sqrt(sum((d - mean) ** 2 for d in differences) / (count - 1) / count)
-
-
 def table(report: dict[str, Any], names: Sequence[str]) -> str:
     """The comparison as a Markdown table with aligned columns."""
-    head = ["task", "metric", *names, *(f"{names[0]} - {n}" for n in names[1:])]
-    lines = [head]
+    lines = [["task", "metric", *names, *(f"{names[0]} - {n}" for n in names[1:])]]
     for row in report["rows"]:
-        values = [
-            _number(v) + (f" ± {_number(e)}" if e is not None else "")
-            for v, e in zip(row["values"], row["errors"], strict=True)
-        ]
-        differences = [
-            f"{d['value']:+.4f}" + (f" ± {_number(d['error'])}" if d["error"] is not None else "")
-            for d in row["differences"]
-        ]
+        values = map(suites.cell, row["values"], row["errors"], row["why"])
+        differences = (suites.cell(d["value"], d["error"], sign="+") for d in row["differences"])
         lines.append([row["task"], row["metric"], *values, *differences])
     return suites.aligned(lines)
-
-
-def _number(value: float) -> str:
-    return f"{value:.4f}" if abs(value) < 1000 else f"{value:.4g}"

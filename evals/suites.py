@@ -8,17 +8,17 @@ A hub task is replaced by a local one where the data folder holds the files that
 """
 
 import difflib
-import math
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
 import yaml
 from lm_eval.tasks import TaskManager
 from lm_eval.tasks._yaml_loader import load_yaml
-from pydantic import BaseModel, ConfigDict, ValidationError
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from moe.errors import UserError, raise_all
+from moe.evals.measures import Measures, columns, mean
 
 FOLDER = Path(__file__).parent / "suites"
 LOCAL = "local_"  # what names of tasks on local files begin with
@@ -37,7 +37,7 @@ class Entry(_Strict):
     """
 
     name: str
-    task: str | tuple[str, ...]
+    task: Annotated[str, Field(min_length=1)] | Annotated[tuple[str, ...], Field(min_length=1)]
     shots: int = 0
     metric: str
     data: dict[str, tuple[str, ...]] = {}
@@ -73,7 +73,7 @@ class Suite(_Strict):
     """
 
     about: str
-    entries: tuple[Entry, ...]
+    entries: Annotated[tuple[Entry, ...], Field(min_length=1)]
     averages: tuple[Average, ...] = ()
     columns: tuple[str, ...] = ()
     percent: bool = False
@@ -112,22 +112,31 @@ def read(name: str, data: Path | None = None) -> Suite:
         known = ", ".join(sorted(p.stem for p in FOLDER.glob("*.yaml")))
         raise UserError(f"suite {name}: there is none. There is {known}, or a .yaml file.")
     try:
-        suite = Suite.model_validate(yaml.safe_load(path.read_text()))
-    except yaml.YAMLError as error:
+        suite = Suite.model_validate(yaml.safe_load(path.read_text(encoding="utf-8")))
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
         raise UserError(f"{path}: not YAML ({' '.join(str(error).split())}).") from error
     except ValidationError as error:
         lines = (f"{path}: {'.'.join(map(str, e['loc']))}: {e['msg']}" for e in error.errors())
         raise UserError("\n".join(lines)) from error
-    _check(path, suite)
     found = tuple(_stand_in(entry, data) for entry in suite.entries)
     include = path.parent / (suite.include or "") if own else None
-    return suite.model_copy(update={"entries": found, "include": include})
+    suite = suite.model_copy(update={"entries": found, "include": include})
+    _check(path, suite)
+    return suite
 
 
 def _check(path: Path, suite: Suite) -> None:
     """What a row, a column or an average that does not add up would be printed as."""
     names = [entry.name for entry in suite.entries]
     problems = [f"{path}: two entries are named {n}." for n in set(names) if names.count(n) > 1]
+    asked = [(task, entry) for entry in suite.entries for task in entry.tasks]
+    for task, entry in asked:
+        if suite.shots[task] != entry.shots:
+            problems.append(
+                f"{path}: task {task} is asked with {entry.shots} shots and with "
+                f"{suite.shots[task]}: a suite asks a task once. Use one number, or a task file of "
+                "your own that includes it under another name."
+            )
     rows: tuple[Entry | Average, ...] = (*suite.entries, *suite.averages)
     for row in rows:
         if row.paper and len(row.paper) != len(suite.columns):
@@ -211,23 +220,27 @@ class Tasks(TaskManager):
         raise_all(problems)
 
 
-def summary(
-    suite: Suite, rows: Sequence[Mapping[str, Any]], manager: TaskManager
-) -> dict[str, Any]:
-    """A suite's table, ready for JSON: a row per entry and average, in the suite's unit."""
-    found = {(row["task"], row["metric"]): row for row in rows}
-    entries = [_row(suite, entry, found) for entry in suite.entries]
-    averages = []
+def summary(suite: Suite, found: Measures, manager: TaskManager) -> dict[str, Any]:
+    """A suite's table, ready for JSON: a row per entry and average, in the suite's unit; `tasks`
+    are of how many a row is the mean.
+    """
+    unit = 100.0 if suite.percent else 1.0
+    entries, averages, of = [], [], {}
+    for entry in suite.entries:
+        metric, _, filtered = entry.key.partition(",")
+        name = metric if filtered == "none" else f"{metric} ({filtered})"
+        parts = zip(*(found[task, name] for task in entry.tasks), strict=True)
+        of[entry.name] = [mean(part).times(unit) for part in parts]
+        entries.append({
+            "name": entry.label, "shots": entry.shots, "metric": name, "tasks": len(entry.tasks),
+            **columns(of[entry.name]), "paper": list(entry.paper),
+        })  # fmt: skip
     for average in suite.averages:
-        chosen = [
-            row
-            for entry, row in zip(suite.entries, entries, strict=True)
-            if entry.name not in average.without
-        ]
-        values, errors = _mean([r["values"] for r in chosen], [r["errors"] for r in chosen])
+        chosen = [values for name, values in of.items() if name not in average.without]
         averages.append({
             "name": average.name, "shots": None, "metric": f"mean of {len(chosen)}",
-            "values": values, "errors": errors, "paper": list(average.paper),
+            "tasks": len(chosen), **columns([mean(part) for part in zip(*chosen, strict=True)]),
+            "paper": list(average.paper),
         })  # fmt: skip
     return {
         "about": suite.about,
@@ -236,34 +249,6 @@ def summary(
         "rows": entries + averages,
         "notes": _notes(suite, manager),
     }
-
-
-def _row(suite: Suite, entry: Entry, found: Mapping[Any, Mapping[str, Any]]) -> dict[str, Any]:
-    metric, _, filtered = entry.key.partition(",")
-    name = metric if filtered == "none" else f"{metric} ({filtered})"
-    parts = [found[task, name] for task in entry.tasks]
-    values, errors = _mean([p["values"] for p in parts], [p["errors"] for p in parts])
-    unit = 100.0 if suite.percent else 1.0
-    return {
-        "name": entry.label,
-        "shots": entry.shots,
-        "metric": name,
-        "values": [unit * v for v in values],
-        "errors": [None if e is None else unit * e for e in errors],
-        "paper": list(entry.paper),
-    }
-
-
-def _mean(
-    values: Sequence[Sequence[float]], errors: Sequence[Sequence[float | None]]
-) -> tuple[list[float], list[float | None]]:
-    """Means of each model's, and their errors as of independent parts; None where one's is."""
-    count = len(values)
-    combined: list[float | None] = []
-    for column in zip(*errors, strict=True):
-        known = [e for e in column if e is not None]
-        combined.append(math.hypot(*known) / count if len(known) == count else None)
-    return [math.fsum(column) / count for column in zip(*values, strict=True)], combined
 
 
 def _notes(suite: Suite, manager: TaskManager) -> list[str]:
@@ -287,20 +272,37 @@ def _notes(suite: Suite, manager: TaskManager) -> list[str]:
 def table(found: Mapping[str, Any], names: Sequence[str]) -> str:
     """A summary as Markdown: what it is, the rows, the paper's columns, the notes."""
     digits = 1 if found["percent"] else 4
-
-    def text(value: float | None, error: float | None = None) -> str:
-        if value is None:
-            return "–"
-        return f"{value:.{digits}f}" + ("" if error is None else f" ± {error:.{digits}f}")
-
-    lines = [["task", "shots", "metric", *names, *(f"paper: {c}" for c in found["columns"])]]
+    against = [f"{names[0]} - {name}" for name in names[1:]]
+    papers = [f"paper: {column}" for column in found["columns"]]
+    lines = [["task", "shots", "metric", *names, *against, *papers]]
     for row in found["rows"]:
-        ours = [text(v, e) for v, e in zip(row["values"], row["errors"], strict=True)]
-        papers = [text(v) for v in row["paper"]] or ["–"] * len(found["columns"])
+        ours = [
+            cell(*of, digits=digits)
+            for of in zip(row["values"], row["errors"], row["why"], strict=True)
+        ]
+        ours += [cell(d["value"], d["error"], None, digits, "+") for d in row["differences"]]
+        theirs = [cell(v, digits=digits) for v in row["paper"]] or ["–"] * len(papers)
         shots = "" if row["shots"] is None else str(row["shots"])
-        lines.append([row["name"], shots, row["metric"], *ours, *papers])
+        lines.append([row["name"], shots, row["metric"], *ours, *theirs])
     notes = "\n".join(f"- {note}" for note in found["notes"])
     return "\n\n".join(filter(None, [found["about"], aligned(lines), notes]))
+
+
+def cell(
+    value: float | None,
+    error: float | None = None,
+    why: str | None = None,
+    digits: int = 4,
+    sign: str = "-",
+) -> str:
+    """A number with its error, or `why` it is none; large ones with an exponent."""
+
+    def text(number: float, sign: str = "-") -> str:
+        return f"{number:{sign}.{digits}f}" if abs(number) < 1e5 else f"{number:{sign}.4g}"
+
+    if value is None:
+        return why or "–"
+    return text(value, sign) + ("" if error is None else f" ± {text(error)}")
 
 
 def aligned(lines: Sequence[Sequence[str]]) -> str:

@@ -68,12 +68,18 @@ def write_results(folder: Path, rows: list[dict[str, Any]], models: list[Path | 
     return folder
 
 
-def row(task: str, values: list[float], error: float | None) -> dict[str, Any]:
-    """A task's accuracy; differences are paired with half the error."""
+def row(
+    task: str, values: list[float], error: float | None, p: float | None = None
+) -> dict[str, Any]:
+    """A task's accuracy; differences are paired with half the error, and have one p."""
     half = None if error is None else error / 2
     return {
         "task": task, "metric": "acc", "values": values, "errors": [error] * len(values),
-        "differences": [{"value": values[0] - v, "error": half} for v in values[1:]],
+        "differences": [
+            {"value": values[0] - v, "error": half, "p": p, "of": "acc",
+             "why": "too few items (3)" if p is None else None}
+            for v in values[1:]
+        ],
     }  # fmt: skip
 
 

@@ -17,7 +17,8 @@ def run(
     folders: Annotated[
         list[Path],
         typer.Argument(
-            metavar="RUN...", help="Run folders, results of moe eval, models or checkpoints."
+            metavar="RUN...",
+            help="Run folders, results of moe eval and moe bench, models or checkpoints.",
         ),
     ],
     out: Annotated[Path, typer.Option(help="HTML file to create.")],

@@ -7,10 +7,10 @@ from typing import Any
 from markupsafe import Markup
 from matplotlib.axes import Axes
 from matplotlib.lines import Line2D
+from matplotlib.ticker import MaxNLocator
 
 from moe.evals.report.drawing import canvas, key, literal, style, svg, thinned, whole_steps
 from moe.evals.report.inputs import Run
-from moe.evals.report.significance import WIDTH
 
 GREY = "0.3"
 PANELS = 9  # of evaluations during training
@@ -19,9 +19,10 @@ PANELS = 9  # of evaluations during training
 def losses(runs: Sequence[Run]) -> Markup:
     """Training and validation loss of all runs, by step and by tokens."""
     figure, axes = canvas(3.1, columns=2, sharey=True)
+    unit, counted = tokens(max(run.steps[-1]["tokens"] for run in runs))
     for ax, by_tokens in zip(axes[0], (False, True), strict=True):
         for number, run in enumerate(runs):
-            scale = run.per_step / 1e6 if by_tokens else 1.0
+            scale = run.per_step / unit if by_tokens else 1.0
             x, y = thinned([s["step"] * scale for s in run.steps], [s["loss"] for s in run.steps])
             own = style(number)
             marker = own.pop("marker")
@@ -34,12 +35,18 @@ def losses(runs: Sequence[Run]) -> Markup:
                     markerfacecolor="white", linewidth=0.9,
                 )  # fmt: skip
             mark(ax, run, own["color"], scale)
-        ax.set_xlabel("million tokens" if by_tokens else "step")
-        if not by_tokens:
-            whole_steps(ax)
+        ax.set_xlabel(counted if by_tokens else "step")
+        whole_steps(ax) if not by_tokens else ax.xaxis.set_major_locator(MaxNLocator(nbins=5))
     axes[0][0].set_ylabel("loss per token (nats)")
     key(figure, [*names(runs), *meanings(runs)])
     return svg(figure, "losses", "Training and validation loss by step and by tokens")
+
+
+def tokens(most: float) -> tuple[float, str]:
+    """A unit in which so many are a number that an axis has room for, and its name."""
+    if most >= 1e6:
+        return 1e6, "million tokens"
+    return (1e3, "thousand tokens") if most >= 1e3 else (1.0, "tokens")
 
 
 def mark(ax: Axes, run: Run, colour: str, scale: float = 1.0) -> None:
@@ -115,8 +122,12 @@ def scores(runs: Sequence[Run]) -> Markup:
         for number, run in enumerate(runs):
             points: list[Any] = run.scores.get(metric, [])
             if points:
-                steps, values, errors = zip(*sorted(points, key=lambda p: p[0]), strict=True)
-                bars = [WIDTH * (error or 0.0) for error in errors]
+                steps, values, held = zip(*sorted(points, key=lambda p: p[0]), strict=True)
+                ends = [i or (v, v) for v, i in zip(values, held, strict=True)]
+                bars = [
+                    [max(0.0, v - low) for v, (low, _) in zip(values, ends, strict=True)],
+                    [max(0.0, high - v) for v, (_, high) in zip(values, ends, strict=True)],
+                ]
                 ax.errorbar(steps, values, bars, **style(number), markersize=4, capsize=2)
         ax.set_title(literal(metric))
         ax.set_xlabel("step")

@@ -20,8 +20,16 @@ from moe.upcycle.receipt import Receipt
 
 NUMBERS = ("loss", "grad_norm", "lr", "tokens", "tokens_per_second")
 SIZES = ("total_parameters", "active_parameters", "flops_per_token")
+BENCH = "bench.json"
+SPEEDS = (
+    "prefill_tokens_per_second", "decode_tokens_per_second", "time_to_first_token",
+    "peak_memory_bytes", "cache_bytes_per_token", "forward_flops_per_token",
+)  # fmt: skip
 GONE = "its folder is gone"  # in the place of a model's kind
 LAYER = ("max_over_mean", "dead_share", "entropy_share", "load_entropy")
+
+
+Interval = tuple[float, float]
 
 
 @dataclass
@@ -44,14 +52,15 @@ class Model(Input):
 @dataclass
 class Run(Input):
     """A run folder. `steps` are the logged ones; `validations` (step, loss); `scores` what was
-    evaluated meanwhile, {"task/metric": [(step, value, standard error or None)]}.
+    evaluated meanwhile, {"task/metric": [(step, value, interval or None)]}.
     """
 
     config: dict[str, Any] = field(default_factory=dict)
     text: str = ""
     steps: list[dict[str, Any]] = field(default_factory=list)
     validations: list[tuple[int, float]] = field(default_factory=list)
-    scores: dict[str, list[tuple[int, float, float | None]]] = field(default_factory=dict)
+    scores: dict[str, list[tuple[int, float, Interval | None]]] = field(default_factory=dict)
+    gaps: dict[str, list[int]] = field(default_factory=dict)  # steps at which it is so
     skipped: list[dict[str, Any]] = field(default_factory=list)
     events: list[dict[str, Any]] = field(default_factory=list)
     loads: list[dict[str, Any]] = field(default_factory=list)
@@ -63,13 +72,22 @@ class Run(Input):
         return self.steps[-1]["tokens"] / self.steps[-1]["step"] if self.steps else math.nan
 
     @property
+    def validated(self) -> list[tuple[int, float]]:
+        """The validations that gave a number."""
+        return [(step, loss) for step, loss in self.validations if math.isfinite(loss)]
+
+    @property
     def best(self) -> tuple[int, float | None] | None:
-        """The checkpoint to use, and its validation loss: the lowest there is, else the newest."""
-        kept = [(loss, step) for step, loss in self.validations if step in self.checkpoints]
+        """The checkpoint to use, and its validation loss: the lowest there is, else the newest;
+        none whose validation gave no number.
+        """
+        kept = [(loss, step) for step, loss in self.validated if step in self.checkpoints]
         if kept:
             loss, step = min(kept)
             return step, loss
-        return (self.checkpoints[-1], None) if self.checkpoints else None
+        broken = {step for step, _ in self.validations}
+        sound = [step for step in self.checkpoints if step not in broken]
+        return (sound[-1], None) if sound else None
 
     def restarts(self) -> list[int]:
         """Steps at which the run was started again."""
@@ -83,7 +101,7 @@ class Run(Input):
 @dataclass
 class Evaluation(Input):
     """What `moe eval` wrote: `rows` hold a value, an error and an interval (or None) a model, a
-    difference a baseline.
+    difference with its p (or `why` there is none) a baseline.
     """
 
     models: list[str] = field(default_factory=list)
@@ -91,7 +109,20 @@ class Evaluation(Input):
     model_facts: list[dict[str, Any] | None] = field(default_factory=list)
 
 
-def read(folders: list[Path]) -> list[Run | Evaluation | Model]:
+@dataclass
+class Speed(Input):
+    """What `moe bench` wrote: `rows` hold a model's numbers at a point, each a number or None, its
+    speeds over the others' (or None), or an error.
+    """
+
+    device: str = ""
+    rows: list[dict[str, Any]] = field(default_factory=list)
+
+
+Given = Run | Evaluation | Speed | Model
+
+
+def read(folders: list[Path]) -> list[Given]:
     """All inputs. Raises UserError with every folder that is none, Corrupt where one is damaged."""
     problems = [p for folder in folders if (p := _unknown(folder))]
     twice = {f for f in folders if [g.absolute() for g in folders].count(f.absolute()) > 1}
@@ -112,20 +143,22 @@ def read(folders: list[Path]) -> list[Run | Evaluation | Model]:
 def _unknown(folder: Path) -> str | None:
     if not folder.is_dir():
         return f"{folder} is no folder. Give run folders, results of `moe eval`, or models."
-    known = ("metrics.jsonl", "config.yaml", "results.json", "config.json")
+    known = ("metrics.jsonl", "config.yaml", "results.json", BENCH, "config.json")
     if any((folder / name).is_file() for name in known):
         return None
     return (
         f"{folder} is neither a run folder (config.yaml, metrics.jsonl), nor results of `moe eval` "
-        "(results.json), nor a model (config.json)."
+        f"(results.json) or `moe bench` ({BENCH}), nor a model (config.json)."
     )
 
 
-def _read(folder: Path, name: str) -> Run | Evaluation | Model:
+def _read(folder: Path, name: str) -> Given:
     if (folder / "metrics.jsonl").is_file() or (folder / "config.yaml").is_file():
         return read_run(folder, name)
     if (folder / "results.json").is_file():
         return read_evaluation(folder, name)
+    if (folder / BENCH).is_file():
+        return read_speed(folder, name)
     return Model(folder, name, inspect(folder))
 
 
@@ -142,6 +175,9 @@ def read_run(folder: Path, name: str) -> Run:
             raise Corrupt(f"{path} holds no keys.")
     for line in read_lines(folder / "metrics.jsonl", run.notes):
         _take(run, line, folder / "metrics.jsonl")
+    for said, at in run.gaps.items():
+        more = f" and at {len(at) - 1} more" if len(at) > 1 else ""
+        run.notes.append(f"{said} at step {at[0]}{more}")
     run.events = read_lines(folder / "events.jsonl", run.notes)
     run.loads = read_lines(folder / "loads.jsonl", run.notes)
     for line in run.loads:
@@ -205,16 +241,26 @@ def _take(run: Run, line: dict[str, Any], path: Path) -> None:
         if "skipped" in line:
             run.skipped.append({"step": step, "reason": str(line["skipped"])})
         elif "validation_loss" in line:
-            run.validations.append((step, _number(line["validation_loss"])))
+            run.validations.append((step, _gap(run, line, "validation_loss", "validation loss")))
         elif "evaluation" in line:
             for key, score in line["evaluation"].items():
                 error = None if score.get("error") is None else _number(score["error"])
-                run.scores.setdefault(key, []).append((step, _number(score["value"]), error))
+                value = _gap(run, {"step": step, **score}, "value", key)
+                interval = _interval(_finite(value), error, score.get("interval"))
+                run.scores.setdefault(key, []).append((step, value, interval))
         elif "loss" in line:
             values = {name: _number(line[name]) for name in NUMBERS}
             run.steps.append({**line, **values})
     except (AttributeError, KeyError, TypeError, ValueError) as error:
         raise Corrupt(f"{path}: step {step} is not what a run writes ({error!r}).") from error
+
+
+def _gap(run: Run, line: dict[str, Any], key: str, name: str) -> float:
+    """A number, or NaN and a gap where it was none: diverged runs are there to be looked at."""
+    value = math.nan if line[key] is None else float(_number(line[key]))
+    if not math.isfinite(value):
+        run.gaps.setdefault(f"{name} is {line.get('why') or value}", []).append(line["step"])
+    return value
 
 
 def _check_loads(line: dict[str, Any], path: Path) -> None:
@@ -242,7 +288,7 @@ def read_evaluation(folder: Path, name: str) -> Evaluation:
     try:
         results = read_json(path)
         paths = [Path(str(model["path"])) for model in results["models"]]
-        rows = [_row(row, len(paths)) for row in results["rows"]]
+        rows = [_row(row, len(paths)) for row in [*results["rows"], *_means(results)]]
         counts = results.get("results", [{}])[0].get("n-samples", {})
         facts = [_facts(p, m) for p, m in zip(paths, results["models"], strict=True)]
         for row in rows:
@@ -254,6 +300,29 @@ def read_evaluation(folder: Path, name: str) -> Evaluation:
     gone = [str(p) for p, known in zip(paths, facts, strict=True) if known is None]
     if gone:
         found.notes.append(f"{', '.join(gone)} is not here: its size is unknown")
+    return found
+
+
+def read_speed(folder: Path, name: str) -> Speed:
+    """Results of `moe bench`. Raises Corrupt."""
+    path = folder / BENCH
+    try:
+        results = read_json(path)
+        labels = short_names([Path(str(model["path"])) for model in results["models"]])
+        found = Speed(folder, name, device=str(results["device"]))
+        found.notes = [str(note) for note in results.get("notes", [])]
+        for point in results["points"]:
+            place = {"batch": int(point["batch"]), "length": int(point["length"])}
+            ratios = [None, *point["ratios"]]
+            for label, measured, ratio in zip(labels, point["models"], ratios, strict=True):
+                error = measured.get("error")
+                row = {key: None if error else _finite(measured.get(key)) for key in SPEEDS}
+                over = ratio and {key: _finite(ratio[key][0]) for key in SPEEDS[:3]}
+                said = None if error is None else str(error)
+                found.rows.append({**place, "model": label, **row, "over": over, "error": said})
+    except (AttributeError, IndexError, KeyError, TypeError, ValueError) as error:
+        raise Corrupt(f"{path} is not what `moe bench` writes ({error!r}).") from error
+    found.notes = [note.rstrip(".") for note in found.notes]
     return found
 
 
@@ -273,9 +342,7 @@ def _row(row: dict[str, Any], models: int) -> dict[str, Any]:
     """One metric of one task; a value that is not finite is none."""
     values = [_finite(value) for value in row["values"]]
     errors = [_finite(error) for error in row["errors"]]
-    differences = [
-        {key: _finite(found[key]) for key in ("value", "error")} for found in row["differences"]
-    ]
+    differences = [_difference(found) for found in row["differences"]]
     if not len(values) == len(errors) == len(differences) + 1 == models:
         raise ValueError(f"{len(values)} values of {models} models")
     given = row.get("intervals") or [None] * models
@@ -286,7 +353,32 @@ def _row(row: dict[str, Any], models: int) -> dict[str, Any]:
     }  # fmt: skip
 
 
-def _interval(value: float | None, error: float | None, given: Any) -> tuple[float, float] | None:
+def _means(results: dict[str, Any]) -> list[dict[str, Any]]:
+    """Rows of a suite that are a mean over tasks, which stand nowhere else."""
+    suite = results.get("suite") or {"rows": []}
+    unit = " (%)" if suite.get("percent") else ""
+    return [
+        {**row, "task": row["name"], "metric": f"{row['metric']}{unit}"}
+        for row in suite["rows"]
+        if row.get("tasks", 1) > 1
+    ]
+
+
+def _difference(found: dict[str, Any]) -> dict[str, Any]:
+    """Of a baseline. Nothing is claimed without a p, which results of before did not have."""
+    value, error, p = (_finite(found.get(key)) for key in ("value", "error", "p"))
+    if p is not None and not 0 <= p <= 1:
+        raise ValueError(f"p {p}")
+    interval = _interval(value, error, found.get("interval"))
+    why = found.get("why") or (None if "p" in found else "evaluated without a test")
+    return {
+        "value": value, "error": error, "p": p, "of": str(found.get("of") or ""),
+        "half": (interval[1] - interval[0]) / 2 if interval else None,
+        "why": None if why is None else str(why),
+    }  # fmt: skip
+
+
+def _interval(value: float | None, error: float | None, given: Any) -> Interval | None:
     """The 95 % that the results name, else those of the normal distribution around a value."""
     if value is None:
         return None

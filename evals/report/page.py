@@ -14,10 +14,11 @@ import yaml
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
 from markupsafe import Markup
 
+from moe.evals.chance import DRAWS, FEWEST, LEVEL
 from moe.evals.report import curves, loads, quality
 from moe.evals.report.drawing import STYLE
-from moe.evals.report.inputs import Evaluation, Input, Model, Run
-from moe.evals.report.significance import LEVEL, WIDTH, judge
+from moe.evals.report.inputs import Evaluation, Given, Input, Run, Speed
+from moe.evals.report.significance import judge
 from moe.hf.inspect import describe_model
 
 PICTURED = 6  # runs whose loads are drawn: a page must stay small
@@ -25,7 +26,7 @@ ROWS = 40  # of a run's course
 
 
 @matplotlib.rc_context(STYLE)
-def render(inputs: Sequence[Run | Evaluation | Model]) -> str:
+def render(inputs: Sequence[Given]) -> str:
     """The page. Whatever comes from files is escaped."""
     runs = [x for x in inputs if isinstance(x, Run)]
     shown = [run for run in runs if run.steps]
@@ -48,7 +49,9 @@ def render(inputs: Sequence[Run | Evaluation | Model]) -> str:
         evaluations=evaluations,
         verdicts=verdicts,
         level=LEVEL,
-        width=WIDTH,
+        fewest=FEWEST,
+        least=1 / (DRAWS + 1),
+        comparisons=next((v.among for v in verdicts.values()), 0),
         curves={
             "losses": curves.losses(shown) if shown else None,
             "rates": curves.rates(shown) if shown else None,
@@ -56,6 +59,7 @@ def render(inputs: Sequence[Run | Evaluation | Model]) -> str:
         },
         courses=[course(run) for run in shown],
         intervals=[quality.evaluations(n, x) for n, x in enumerate(evaluations)],
+        speeds=[x for x in inputs if isinstance(x, Speed)],
         cost=quality.against_cost(found) if found else None,
         points=found,
         loads=[load_section(n, run) for n, run in enumerate(shown) if loads.routed(run)],
@@ -67,7 +71,7 @@ def result(run: Run) -> dict[str, Any]:
     """The verdict on a run in numbers; None where there is none."""
     last = run.steps[-1] if run.steps else {}
     validation = run.validations[-1] if run.validations else (None, None)
-    lowest = min(run.validations, key=lambda v: v[1], default=(None, None))
+    lowest = min(run.validated, key=lambda v: v[1], default=(None, None))
     planned = run.config.get("train")
     speeds = [step["tokens_per_second"] for step in run.steps]
     started = run.count("started")
@@ -76,8 +80,8 @@ def result(run: Run) -> dict[str, Any]:
         "step": last.get("step"),
         "planned": planned.get("steps") if isinstance(planned, dict) else None,
         "tokens": last.get("tokens"),
-        "loss": last.get("loss"),
-        "validation": validation[1],
+        "loss": finite(last.get("loss")),
+        "validation": finite(validation[1]),
         "validation_step": validation[0],
         "lowest": lowest[1],
         "lowest_step": lowest[0],
@@ -86,7 +90,13 @@ def result(run: Run) -> dict[str, Any]:
         "starts": started or None,
         "preemptions": run.count("preempted") if started else None,
         "skipped": len(run.skipped),
+        "notes": run.notes,
     }
+
+
+def finite(value: float | None) -> float | None:
+    """The number, of one that JSON has too."""
+    return None if value is None or not math.isfinite(value) else value
 
 
 def course(run: Run) -> dict[str, Any]:
@@ -97,7 +107,7 @@ def course(run: Run) -> dict[str, Any]:
     return {
         "name": run.name,
         "of": len(run.steps),
-        "steps": [{**s, "validation": validated.get(s["step"])} for s in chosen],
+        "steps": [{**s, "validation": finite(validated.get(s["step"]))} for s in chosen],
         "skipped": run.skipped[:ROWS],
         "more": max(0, len(run.skipped) - ROWS),
     }

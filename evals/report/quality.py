@@ -1,5 +1,6 @@
 """Pictures of what models are worth: evaluations with their intervals, and quality against cost."""
 
+import math
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
@@ -72,7 +73,7 @@ def better(metric: str) -> str:
 
 
 def points(inputs: Sequence[Input]) -> list[Point]:
-    """What every model whose size is known scored, runs at their end."""
+    """What every model whose size is known scored, runs at their end; of numbers alone."""
     found = []
     for x in inputs:
         if isinstance(x, Run) and x.facts and x.steps:
@@ -88,7 +89,7 @@ def points(inputs: Sequence[Input]) -> list[Point]:
                     if facts and value is not None:
                         measure = f"{row['task']}/{row['metric']}"
                         found.append(Point(measure, label, value, facts))
-    return found
+    return [point for point in found if math.isfinite(point.value)]
 
 
 def against_cost(found: Sequence[Point]) -> Markup:

@@ -1,33 +1,24 @@
-"""Whether differences are more than chance: two-sided p of paired differences, Holm's correction.
+"""Which differences are more than chance: Holm's correction of the p that `moe eval` has found.
 
-for row in rows: ...                  # as `moe eval` writes them
-judged = judge(rows)                  # {(row, baseline): Verdict}
+judged = judge([rows, …])             # {(table, row, baseline): Verdict}
 """
 
-import math
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
-LEVEL = 0.05
+from moe.evals.chance import LEVEL
+
 WIDTH = 1.959964  # standard errors to each side of a 95 % interval
 
 
 class Verdict(NamedTuple):
     p: float
-    adjusted: float  # by Holm, over all comparisons that were judged with it
+    adjusted: float  # by Holm
+    among: int  # comparisons that were judged together
 
     @property
     def significant(self) -> bool:
         return self.adjusted < LEVEL
-
-
-def p_value(difference: float, error: float | None) -> float | None:
-    """Of a difference with a standard error, by the normal distribution; None where it says
-    nothing: no error, or none at all between the items.
-    """
-    if not error:
-        return None
-    return math.erfc(abs(difference / error) / math.sqrt(2))
 
 
 def holm(p: Sequence[float]) -> list[float]:
@@ -43,15 +34,18 @@ def holm(p: Sequence[float]) -> list[float]:
 
 
 def judge(tables: Sequence[Sequence[dict[str, Any]]]) -> dict[tuple[int, int, int], Verdict]:
-    """Every comparison with a paired error, by (table, row, baseline), corrected over all of
-    them.
+    """Every comparison with a p, by (table, row, baseline), corrected over all of them.
+
+    Metrics that are functions of the same sums are one comparison.
     """
-    p = {
-        (table, row, baseline): value
-        for table, rows in enumerate(tables)
-        for row, found in enumerate(rows)
-        for baseline, d in enumerate(found["differences"])
-        if d["value"] is not None and (value := p_value(d["value"], d["error"])) is not None
-    }
-    adjusted = holm(list(p.values()))
-    return {key: Verdict(p[key], a) for key, a in zip(p, adjusted, strict=True)}
+    p: dict[tuple[Any, ...], float] = {}
+    places: dict[tuple[int, int, int], tuple[Any, ...]] = {}
+    for table, rows in enumerate(tables):
+        for row, found in enumerate(rows):
+            for baseline, d in enumerate(found["differences"]):
+                if d["p"] is not None:
+                    comparison = table, found["task"], d["of"] or row, baseline
+                    p[comparison] = d["p"]
+                    places[table, row, baseline] = comparison
+    adjusted = dict(zip(p, holm(list(p.values())), strict=True))
+    return {place: Verdict(p[c], adjusted[c], len(p)) for place, c in places.items()}

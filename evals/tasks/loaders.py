@@ -31,7 +31,20 @@ def _find(data: str | None, *files: str) -> list[Path]:
 
 
 def _rows(path: Path) -> list[dict[str, Any]]:
-    return [json.loads(line) for line in path.read_text().splitlines() if line.strip()]
+    """The objects of a file of JSON lines. Raises UserError with the line that is none."""
+    found: list[dict[str, Any]] = []
+    for number, line in enumerate(path.read_bytes().split(b"\n"), 1):  # texts may hold any other
+        if not line.strip():
+            continue
+        try:
+            found.append(json.loads(line.decode()))
+        except ValueError as error:
+            raise UserError(f"{path}: line {number} is not JSON ({error}). Mend it.") from error
+        if not isinstance(found[-1], dict):
+            raise UserError(f"{path}: line {number} is no object. Mend it.")
+    if not found:
+        raise UserError(f"{path} is empty: put the data set's own file there.")
+    return found
 
 
 def jsonl(data: str | None = None, files: dict | None = None, **_: Any) -> DatasetDict:
@@ -45,9 +58,16 @@ def jsonl(data: str | None = None, files: dict | None = None, **_: Any) -> Datas
 def piqa(data: str | None = None, **_: Any) -> DatasetDict:
     """PIQA's questions and their labels, which come in a file of their own."""
     questions, answers = _find(data, "piqa/valid.jsonl", "piqa/valid-labels.lst")
-    rows, labels = _rows(questions), answers.read_text().split()
+    rows, labels = _rows(questions), answers.read_text(errors="replace").split()
     if len(rows) != len(labels):
         raise UserError(f"{data}/piqa: {len(rows)} questions but {len(labels)} labels.")
+    raise_all(
+        [
+            f"{answers}: label {number} is {label!r}, the answers are 0 and 1. Mend it."
+            for number, label in enumerate(labels, 1)
+            if label not in ("0", "1")
+        ]
+    )
     merged = [{**row, "label": int(label)} for row, label in zip(rows, labels, strict=True)]
     return DatasetDict({"validation": Dataset.from_list(merged)})
 
@@ -71,24 +91,35 @@ def text(data: str | None = None, domain: str = "", **_: Any) -> DatasetDict:
     A file is a document, of .jsonl a line's `text`.
     """
     folder = Path(data or ".") / "text" / domain
-    files = sorted(p for p in folder.rglob("*") if p.suffix in DOCUMENTS and p.is_file())
+    files = documents(folder)
     if data is None or not files:
         where = f"text/{domain}".rstrip("/")
         kinds = ", ".join(f"*{suffix}" for suffix in DOCUMENTS)
         raise UserError(f"this task reads {where}/ ({kinds}) from the folder of --data.")
-    pages = [page for path in files for page in _documents(path) if page.strip()]
+    pages = [page for path in files for page in _pages(path) if page.strip()]
     if not pages:
         raise UserError(f"{folder}: its {len(files)} files hold no text.")
     return DatasetDict({"test": Dataset.from_list([{"page": p} for p in pages])})
 
 
-def _documents(path: Path) -> list[str]:
+def documents(folder: Path) -> list[Path]:
+    """The files of text below a folder, but hidden ones."""
+    return sorted(
+        path
+        for path in folder.rglob("*")
+        if path.suffix in DOCUMENTS
+        and path.is_file()
+        and not any(part.startswith(".") for part in path.relative_to(folder).parts)
+    )
+
+
+def _pages(path: Path) -> list[str]:
     if path.suffix != ".jsonl":
         return [path.read_text(encoding="utf-8", errors="replace")]
     try:
         return [str(row["text"]) for row in _rows(path)]
-    except (ValueError, KeyError, TypeError) as error:
-        raise UserError(f"{path}: each line is to be an object with a `text` ({error}).") from error
+    except KeyError as error:
+        raise UserError(f"{path}: each line is to be an object with a `text`.") from error
 
 
 def perplexities(doc: dict[str, Any], results: Any) -> dict[str, tuple[float, int]]:

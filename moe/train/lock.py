@@ -2,7 +2,8 @@
 
 with lock.take(out, ranks): ...      # on every rank
 
-The kernel gives it back when rank 0 ends, however it ends.
+The kernel gives it back when rank 0 ends, however it ends. A run that is refused before it has
+written anything takes a folder that was made for it away again.
 """
 
 import contextlib
@@ -12,6 +13,7 @@ import json
 import os
 import socket
 import time
+from collections.abc import Iterator
 from datetime import UTC, datetime
 from io import TextIOWrapper
 from pathlib import Path
@@ -29,20 +31,33 @@ MISSING = (errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP, errno.EINVAL)
 
 def take(out: Path, ranks: Ranks) -> contextlib.AbstractContextManager[Any]:
     """Rank 0 takes it, for all. Raises UserError where another run has it, on every rank."""
-    file, refusal = None, ""
+    held, refusal = None, ""
     if ranks.rank == 0:
         try:
-            file = _take(out)
+            held = _take(out)
         except UserError as error:
             refusal = str(error)
     if refusal := ranks.gather(refusal)[0]:
         leave_it_to_the_first(ranks, UserError.exit_code)
         raise UserError(refusal)
-    return file or contextlib.nullcontext()
+    return _held(*held, out) if held else contextlib.nullcontext()
 
 
-def _take(out: Path) -> TextIOWrapper:
-    path, end = out / FILE, time.monotonic() + PATIENCE
+@contextlib.contextmanager
+def _held(file: TextIOWrapper, new: bool, out: Path) -> Iterator[None]:
+    with file:
+        try:
+            yield
+        except UserError:
+            if new and [path.name for path in out.iterdir()] == [FILE]:
+                (out / FILE).unlink()
+                out.rmdir()
+            raise
+
+
+def _take(out: Path) -> tuple[TextIOWrapper, bool]:
+    """The file, and whether its folder is new."""
+    path, end, new = out / FILE, time.monotonic() + PATIENCE, not out.exists()
     try:
         out.mkdir(parents=True, exist_ok=True)
         number = os.open(path, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW, 0o666)
@@ -71,11 +86,14 @@ def _take(out: Path) -> TextIOWrapper:
                 "choose another out."
             )
         time.sleep(LOOK)
+    if not (path.exists() and os.path.samestat(os.fstat(number), path.stat())):
+        file.close()  # its holder was refused, and has removed it
+        return _take(out)
     file.truncate(0)
     since = datetime.now(UTC).isoformat(timespec="seconds")
     json.dump({"host": socket.gethostname(), "pid": os.getpid(), "since": since}, file)
     file.flush()
-    return file
+    return file, new
 
 
 def _holder(file: TextIOWrapper) -> str:

@@ -3,6 +3,7 @@
 import contextlib
 import functools
 import json
+import math
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -84,6 +85,11 @@ class Pace:
         self._begin += time.monotonic() - begin
 
 
+def number(key: str, value: float) -> dict[str, Any]:
+    """An entry of JSON, which has no word for what is not finite: null then, and `why`."""
+    return {key: value} if math.isfinite(value) else {key: None, "why": str(value)}
+
+
 def written(report: Callable[..., None]) -> Callable[..., None]:
     """Say in a line that the disk takes no more: raises UserError, and the run ends."""
 
@@ -147,7 +153,8 @@ class Reporter:
         if step in self._validated:
             return
         print(f"step {step:>6}  validation loss {loss:.4f}", flush=True)
-        self._file.write(json.dumps({"step": step, "validation_loss": loss}) + "\n")
+        found = number("validation_loss", loss)
+        self._file.write(json.dumps({"step": step, **found}, allow_nan=False) + "\n")
         self._file.flush()
         self._board.add_scalar("validation/loss", loss, step)
 
@@ -157,7 +164,7 @@ class Reporter:
         if step in self._evaluated:
             return
         print(f"step {step:>6}  evaluated: {len(found)} metrics", flush=True)
-        self._file.write(json.dumps({"step": step, "evaluation": found}) + "\n")
+        self._file.write(json.dumps({"step": step, "evaluation": found}, allow_nan=False) + "\n")
         self._file.flush()
         for name, measured in found.items():
             if measured["value"] is not None:

@@ -30,7 +30,9 @@ NAMES = {  # of what a model's modules do, by what their parents call them
 
 
 class Tracer:
-    """Traces `profile.steps` on one rank, into `OUT/profile/step-A-B.rank-N.json.gz`."""
+    """Traces `profile.steps` on one rank, into `OUT/profile/step-A-B.rank-N.json.gz`, where A and B
+    are the steps that it holds: of a run that ended between them and goes on there are two.
+    """
 
     def __init__(self, config: RunConfig, ranks: Ranks, model: nn.Module) -> None:
         self.steps, self.device, self._model = config.profile.steps, ranks.device, model
@@ -38,6 +40,7 @@ class Tracer:
         self._inside = not config.train.compile
         self._folder, self._rank = config.out / FOLDER, ranks.rank
         self._trace: profile | None = None
+        self._held: list[int] = []  # steps
         self._open = contextlib.ExitStack()  # of the step
         self._hooks = contextlib.ExitStack()
 
@@ -52,6 +55,7 @@ class Tracer:
         elif step >= first:
             if self._trace is None:
                 self._start()
+            self._held.append(step)
             self._open.enter_context(record_function(f"step {step}"))
 
     def _start(self) -> None:
@@ -94,11 +98,14 @@ class Tracer:
         self._open.close()
         self._hooks.close()
         trace, self._trace = self._trace, None
-        if trace is None or self.steps is None:
+        if trace is None:
             return
         trace.stop()
-        first, last = self.steps
-        name = f"step-{first}-{last}.rank-{self._rank}"
+        name = whole = f"step-{self._held[0]}-{self._held[-1]}.rank-{self._rank}"
+        again = 1
+        while (self._folder / f"{name}.json.gz").exists():  # the same steps, taken before
+            again += 1
+            name = f"{whole}.{again}"
         try:
             self._folder.mkdir(parents=True, exist_ok=True)
             partial = self._folder / f"{name}.partial.json.gz"  # torch packs by the name's end

@@ -154,7 +154,7 @@ def test_the_command_beside_the_receipts_parent(root, tmp_path):
     ]
     for point in report["points"]:
         first, second = point["models"]
-        assert first["flops_per_token"] == flops_per_token(ours, point["length"]) / 3
+        assert first["forward_flops_per_token"] == flops_per_token(ours, point["length"]) / 3
         assert first["cache_bytes_per_token"] == second["cache_bytes_per_token"] == 576
         middle, low, high = point["ratios"][0]["prefill_tokens_per_second"]
         assert 0 < low <= middle <= high
@@ -163,7 +163,22 @@ def test_the_command_beside_the_receipts_parent(root, tmp_path):
     assert "| mixture / dense |" in result.out and "bench.png" in result.out
     again = ("--against", root / "moh", "--out", tmp_path / "again", "--json")
     printed = moe("bench", root / "mixture", *options[:4], *options[4:], *again)
-    assert json.loads(printed.out)["models"][1]["name"] == "moh"
+    report = json.loads(printed.out)
+    assert report["models"][1]["name"] == "moh" and "not dense" in report["notes"][0]
+    assert "forward MFLOPs/token" in result.out and "note:" not in result.out
+
+
+def test_a_model_that_is_no_parent_is_named_as_such(root, tmp_path):
+    """By what it holds: a copy of the parent is one, other weights of its shape are not."""
+    moved = Path(shutil.copytree(root / "dense", tmp_path / "moved"))
+    assert bench.caution(root / "mixture", moved) == []
+    other = tiny.dense_model("llama", seed=9, max_position_embeddings=64)
+    other.save_pretrained(tmp_path / "other")
+    shutil.copy(root / "dense" / "config.json", tmp_path / "other")
+    (note,) = bench.caution(root / "mixture", tmp_path / "other")
+    assert "is not what" in note and "names none like it" in note
+    itself = bench.caution(root / "mixture", root / "mixture")
+    assert len(itself) == 2 and "is not dense" in itself[1]
 
 
 def test_the_parent_is_the_dense_folder_that_still_is_what_it_was(root, tmp_path):

@@ -127,13 +127,48 @@ def test_the_harness_command_line_knows_our_models(models, suite, tmp_path) -> N
         assert theirs[row["task"]][f"{metric},{rest[:-1] or 'none'}"] == row["values"][0]
 
 
-def test_what_the_command_line_refuses(models) -> None:
-    code, _, err = line("run", "--model", "moe", "--use_cache", "x", "--tasks", "toy_text")
-    assert code == 2 and err.startswith("error: --use_cache: the harness's own caches hold pickles")
+def test_what_the_command_line_refuses(models, suite, tmp_path) -> None:
+    config = tmp_path / "run.yaml"
+    config.write_text("use_cache: x\nmodel: moe\ntasks: [toy_text]\n")
+    few = functools.partial(TaskManager, include_defaults=False)
+    words = ("run", "--model", "moe", "--tasks", "toy_text")
+    with (
+        mock.patch("lm_eval.tasks.TaskManager", few),
+        mock.patch("moe.evals.lm_eval.TaskManager", few),
+        mock.patch("moe.evals.lm_eval.HarnessCLI.execute", side_effect=AssertionError),
+    ):
+        for pickled in (
+            (*words, "--use_cache", "x"),
+            (*words, "--use_cach", "x"),  # argparse takes what is not ambiguous
+            (*words, "--cache_requests", "true"),
+            ("run", "--config", config),
+        ):
+            code, _, err = line(*pickled)
+            assert code == 2 and "cache" in err and "own caches hold pickles" in err, pickled
+        code, _, err = line(*words[:3], "--tasks", "toy_text", "--log_samples")
+        assert code == 2 and "--output_path" in err, "the harness's own refusals are one line too"
+    with (
+        mock.patch("lm_eval.tasks.TaskManager", few),
+        mock.patch("moe.evals.lm_eval.TaskManager", few),
+    ):
+        tasks = ("--include_path", suite.parent, "--tasks")
+        code, _, err = line(*words[:3], *tasks, "toy_texd")
+        assert code == 2 and err.startswith("error: task 'toy_texd' does not exist. Closest: toy_t")
+        code, _, err = line(*words[:3], *tasks, "toy_text")
+        assert code == 2 and "needs a folder: --model_args pretrained=DIR" in err
+        (suite.parent / "rows.json").rename(suite.parent / "gone.json")
+        try:
+            given = ("--model_args", f"pretrained={models['llama']}")
+            code, _, err = line(*words[:3], *given, *tasks, "toy_text")
+        finally:
+            (suite.parent / "gone.json").rename(suite.parent / "rows.json")
+        assert code == 2 and "toy_text" in err and "could not be read" in err
     with mock.patch.object(command.CommandLineLM, "ranks", alone(), create=True):
         for given, message in [
             ({"pretrained": "none"}, "none is not a folder"),
             ({"pretrained": str(models["llama"]), "peft": "x"}, "peft=x: --model moe has none"),
+            ({"pretrained": str(models["llama"]), "expert": "x"}, "expert=x is not a number"),
+            ({"pretrained": str(models["llama"]), "max_length": "x"}, "max_length=x is not a"),
             ({"pretrained": str(models["llama"]), "batch_size": "auto:4"}, "'auto:4' is neither"),
         ]:
             with pytest.raises(UserError, match=message):

@@ -1,4 +1,4 @@
-"""Sliding windows against logits by hand, the harness's rolling protocol, and the bootstrap."""
+"""Sliding windows against logits by hand, and the harness's rolling protocol."""
 
 import contextlib
 import json
@@ -6,7 +6,6 @@ import math
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import pytest
 import tiny
 import torch
@@ -180,6 +179,7 @@ def test_the_command_by_hand(folders, tmp_path):
         for (low, high), value in zip(row["intervals"], row["values"], strict=True):
             assert low < value < high
         assert row["differences"][0]["error"] > 0
+        assert row["differences"][0]["why"] == "too few items (3)"
     bits = found["local_perplexity_prose", "bits_per_byte"]
     assert bits["values"][0] == pytest.approx(
         math.log2(found["local_perplexity_prose", "byte_perplexity"]["values"][0])
@@ -195,50 +195,6 @@ def test_what_looks_ahead_has_no_perplexity(folders, tmp_path):
     arguments = ("--tasks", "local_perplexity", "--data", data, "--out", tmp_path / "out")
     result = moe("eval", folders["ahead"], *arguments)
     assert result.code == 2 and "not causal" in result.err and not (tmp_path / "out").exists()
-
-
-def harness_result(values: list[tuple[float, int]]) -> dict[str, Any]:
-    samples = [{"doc_id": i, "byte_perplexity": v, "bits_per_byte": v, "acc": 1.0}
-               for i, v in enumerate(values)]  # fmt: skip
-    return {"samples": {"t": samples[::-1]}}  # ranks do not hand them over in order
-
-
-def test_the_bootstrap_by_a_loop():
-    rng = np.random.default_rng(1)
-    sizes = rng.integers(50, 200, 30)
-    losses = rng.gamma(4.0, 0.5, 30) * sizes
-    other = losses + rng.normal(0.1, 0.02, 30) * sizes  # a model that is a little worse everywhere
-    results = [
-        harness_result([(-float(x), int(n)) for x, n in zip(side, sizes, strict=True)])
-        for side in (losses, other)
-    ]
-    draws = perplexity.resample(results, "t", "byte_perplexity")
-    assert draws is not None and draws.shape == (2, perplexity.DRAWS)
-    by_hand = []
-    for _ in range(4000):
-        chosen = rng.integers(0, 30, 30)
-        by_hand.append(math.exp(losses[chosen].sum() / sizes[chosen].sum()))
-    assert draws[0].std() == pytest.approx(np.std(by_hand), rel=0.1)
-    expected = np.quantile(by_hand, [0.025, 0.975])
-    assert perplexity.interval(draws[0]) == pytest.approx(tuple(expected), rel=0.05)
-    # the same documents in each draw: what both find hard cancels
-    assert (draws[1] - draws[0]).std() < 0.3 * draws[0].std()
-    bits = perplexity.resample(results, "t", "bits_per_byte")
-    assert bits is not None and np.allclose(2**bits, draws)
-
-
-def test_what_cannot_be_resampled_is_not():
-    one = harness_result([(-3.0, 2)])
-    assert perplexity.resample([one], "t", "byte_perplexity") is None
-    assert perplexity.resample([harness_result([(-3.0, 2), (-1.0, 4)])], "t", "acc") is None
-    assert perplexity.resample([one], "no such task", "acc") is None
-    blank = harness_result([(-3.0, 2), (-1.0, 0)])  # a document without a word, drawn alone
-    assert perplexity.resample([blank], "t", "byte_perplexity") is None
-
-
-def test_the_most_unlikely_text_has_an_interval_that_is_a_number():
-    draws = perplexity.resample([harness_result([(-9e5, 2), (-8e5, 1)])], "t", "byte_perplexity")
-    assert draws is not None and all(math.isfinite(end) for end in perplexity.interval(draws[0]))
 
 
 def test_windows_that_no_task_reads_are_refused(folders, tmp_path):

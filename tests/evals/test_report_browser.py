@@ -29,7 +29,7 @@ def page(tmp_path_factory) -> tuple[Path, Path]:
     file = toys.write(folder / "run")
     config = toy_run.load(file, [*options, f"out={json.dumps(str(out))}"])
     toy_run.run(config)
-    rows = [row("easy", [0.75, 0.5], 0.06), row("hard", [0.5, 0.45], 0.06)]
+    rows = [row("easy", [0.75, 0.5], 0.06, 0.01), row("hard", [0.5, 0.45], 0.06, 0.2)]
     results = write_results(folder / "evaluation", rows, [toys.model, "gone"])
     result = moe("report", out, results, toys.model, "--out", folder / "report.html")
     assert result.code == 0, result.err

@@ -1,6 +1,7 @@
 """`moe report`: what it takes and refuses, and that its page holds the numbers of the files."""
 
 import json
+import math
 import re
 from html.parser import HTMLParser
 from pathlib import Path
@@ -19,6 +20,8 @@ from report_folders import (
     write_results,
     write_run,
 )
+
+from moe.evals.report.inputs import SPEEDS, Run, read_run
 
 LEVELS = [f"a{i}: &a{i} [{', '.join([f'*a{i - 1}'] * 9)}]\n" for i in range(1, 12)]
 BOMB = "a0: &a0 [x]\n" + "".join(LEVELS)  # 9 to the eleventh values
@@ -80,17 +83,19 @@ def test_the_verdict_is_the_files_numbers(run, tmp_path):
 def test_runs_evaluations_and_models_are_recognised_by_what_they_hold(run, tmp_path):
     model = write_model(tmp_path / "model", {"kind": "moe", "num_experts": 4, "top_k": 2})
     dense = write_model(tmp_path / "dense")
-    rows = [row("easy", [0.75, 0.5], 0.0625), row("hard", [0.5, 0.4375], 0.0625)]
+    rows = [row("easy", [0.75, 0.5], 0.0625, 1e-11), row("hard", [0.5, 0.4375], 0.0625, 0.04),
+            row("few", [1.0, 0.0], 0.0625)]  # fmt: skip
     results = write_results(tmp_path / "eval", rows, [model, dense])
     page = report(tmp_path / "r.html", run, results, model)
     assert page.all("data-evaluation") == ["eval"]
     assert page.all("data-value")[:4] == ["0.75", "0.5", "0.5", "0.4375"]
-    assert page.all("data-difference") == ["0.25", "0.0625"]
+    assert page.all("data-difference") == ["0.25", "0.0625", "1.0"]
     p, adjusted = (list(map(float, page.all(f"data-{name}"))) for name in ("p", "holm"))
-    assert p[0] < 1e-10 and p[1] == pytest.approx(0.0455, abs=1e-3)
-    assert adjusted == pytest.approx([2 * p[0], p[1]])
+    assert p == [1e-11, 0.04] and adjusted == pytest.approx([2e-11, 0.04])
+    said = (tmp_path / "r.html").read_text()
+    assert "too few items (3)" in said and "over all 2 comparison(s)" in said
     assert page.all("data-models") == ["2"], "two models: the page says so"
-    assert len(page.all("data-mflops")) == 4 + 2, "of each point and each model"
+    assert len(page.all("data-mflops")) == 6 + 2, "of each point and each model"
     assert {"quality", "evaluation-0-0"} <= set(page.all("data-figure"))
     mixture, plain = (float(x) for x in page.all("data-mflops")[-2:])
     assert mixture > plain > 0
@@ -133,10 +138,86 @@ def test_evaluation_during_training_is_drawn_and_counts_as_quality(tmp_path):
     model = write_model(tmp_path / "model")
     lines = [step(1, 4.0), score(1, piqa__acc=(0.5, 0.02)), step(2, 3.0),
              score(2, piqa__acc=(0.75, 0.02), text__bits_per_byte=(1.25, None))]  # fmt: skip
+    lines[-1]["evaluation"]["piqa/acc"]["interval"] = [0.5, 0.875]
     run = write_run(tmp_path / "a", lines, model=str(model))
+    known = read_run(run, "a").scores
+    assert known["piqa/acc"][0][2] == pytest.approx((0.5 - 0.0392, 0.5 + 0.0392), abs=1e-4)
+    assert known["piqa/acc"][1][2] == (0.5, 0.875) and known["text/bits_per_byte"][0][2] is None
     page = report(tmp_path / "r.html", run)
     assert {"scores", "quality"} <= set(page.all("data-figure"))
     assert page.all("data-value") == ["3.0", "0.75", "1.25"]
+
+
+def test_means_of_a_suite_stand_beside_its_tasks_once(tmp_path):
+    """Averages and entries of several tasks; an entry that is one task's row is there already."""
+    results = write_results(tmp_path / "eval", [row("easy", [0.75, 0.5], 0.1, 0.01)], ["x", "y"])
+    found = json.loads((results / "results.json").read_text())
+    entry = {**row("", [75.0, 50.0], 1.0, 0.02), "name": "all", "tasks": 2}
+    del entry["task"]
+    found["suite"] = {"percent": True, "rows": [{**entry, "name": "easy", "tasks": 1}, entry]}
+    (results / "results.json").write_text(json.dumps(found))
+    page = report(tmp_path / "r.html", results)
+    assert page.all("data-task") == ["easy", "all"] and page.all("data-metric")[-1] == "acc (%)"
+    assert page.all("data-holm") == ["0.02", "0.02"]
+
+
+def test_a_run_that_diverged_is_reported(tmp_path):
+    """Null, as it is written, and NaN, as it was: gaps, never the best, and no bare NaN."""
+    lines = [
+        step(1, 4.5),
+        {"step": 1, "validation_loss": None, "why": "nan"},
+        step(2, 4.0),
+        validation(2, 4.25),
+        validation(3, float("nan")),
+        {"step": 1, "evaluation": {"t/bits": {"value": 2.5, "error": None}}},
+        {"step": 3, "evaluation": {"t/bits": {"value": None, "error": None, "why": "inf"}}},
+    ]
+    run = write_run(tmp_path / "a", lines, model=str(write_model(tmp_path / "model")))
+    result = moe("report", run, "--out", tmp_path / "r.html", "--json")
+    assert result.code == 0, result.err
+    (found,) = json.loads(result.out, parse_constant=pytest.fail)["runs"]
+    assert (found["lowest"], found["lowest_step"]) == (4.25, 2)
+    assert (found["validation"], found["validation_step"]) == (None, 3)
+    notes = ["validation loss is nan at step 1 and at 1 more", "t/bits is inf at step 3"]
+    assert found["notes"] == notes and all(f"note: a: {n}" in result.err for n in notes)
+    page = Elements((tmp_path / "r.html").read_text())
+    assert {"losses", "scores"} <= set(page.all("data-figure"))
+    assert "nan" not in page.all("data-validation") + page.all("data-lowest")
+    known = Run(run, "a", validations=[(1, math.nan), (2, 4.25)], checkpoints=[1, 2])
+    assert known.best == (2, 4.25)
+    known.validations = [(1, math.nan)]
+    assert known.best == (2, None), "the newest, where none has a number"
+    known.validations.append((2, math.inf))
+    assert known.best is None
+
+
+def test_speed_stands_beside_quality(run, tmp_path):
+    numbers = dict.fromkeys(SPEEDS, 2.0) | {"time_to_first_token": 0.5}
+    bench = {
+        "device": EVIL, "models": [{"path": "mixture"}, {"path": EVIL}], "notes": ["no parent."],
+        "points": [
+            {"batch": 1, "length": 8, "models": [numbers, numbers],
+             "ratios": [{name: [0.75, 0.5, 1.0] for name in SPEEDS[:3]}]},
+            {"batch": 9, "length": 8, "models": [{"error": EVIL}, numbers], "ratios": [None]},
+        ],
+    }  # fmt: skip
+    folder = tmp_path / "speed"
+    folder.mkdir()
+    (folder / "bench.json").write_text(json.dumps(bench))
+    page = report(tmp_path / "r.html", run, folder)
+    assert page.all("data-bench") == ["speed"]
+    assert page.all("data-time-to-first-token") == ["0.5"] * 3
+    said = (tmp_path / "r.html").read_text()
+    assert said.count("× 0.75") == 3 and "speed: no parent." in said
+    assert "img" not in {tag for tag, _ in page.found}
+    for wrong in (
+        {"models": 3},
+        {"points": [{}]},
+        {"points": [{**bench["points"][0], "ratios": []}]},
+    ):
+        (folder / "bench.json").write_text(json.dumps(bench | wrong))
+        result = moe("report", folder, "--out", tmp_path / "none.html")
+        assert result.code == 3 and "bench.json is not what `moe bench` writes" in result.err
 
 
 def test_loads_are_drawn_for_every_part_with_the_dead_named(tmp_path):

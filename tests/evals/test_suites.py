@@ -2,6 +2,7 @@
 
 import json
 import math
+import shutil
 import statistics
 from pathlib import Path
 
@@ -162,6 +163,7 @@ def test_a_suite_of_ones_own_is_run_averaged_and_printed(toy, tmp_path):
     pair = [values[task, "acc"] for task in part["task"]]
     assert rows["two (local)"]["values"] == [100 * (pair[0][0] + pair[1][0]) / 2]
     assert math.isclose(rows["two (local)"]["errors"][0], 50 * math.hypot(pair[0][1], pair[1][1]))
+    assert rows["all"]["differences"] == []
     three = [rows[n]["values"][0] for n in ("two (local)", "PIQA (local)", "sums (local)")]
     assert math.isclose(rows["all"]["values"][0], sum(three) / 3)
     assert math.isclose(rows["some"]["values"][0], sum(three[:2]) / 2)
@@ -212,12 +214,41 @@ def test_what_cannot_be_fetched_says_what_to_put_where(toy, tmp_path, monkeypatc
             {"averages": [{"name": "all", "without": ["b"]}]},
             "all is without b, which is no entry",
         ),
+        ({"metric": "acc", "task": []}, {}, "entries.0.task.*at least 1 item"),
     ],
 )
 def test_a_suite_that_does_not_add_up_is_refused(entry, more, message, tmp_path):
     path = write(tmp_path / "a.yaml", {"name": "a", "task": "piqa", **entry}, **more)
     with pytest.raises(UserError, match=message):
         suites.read(str(path))
+
+
+def test_a_suite_that_is_no_text_is_refused(tmp_path):
+    (tmp_path / "a.yaml").write_bytes(b"\xff\xfe")
+    with pytest.raises(UserError, match=r"a\.yaml: not YAML \(.*0xff"):
+        suites.read(str(tmp_path / "a.yaml"))
+
+
+def test_a_task_is_asked_with_one_number_of_shots(toy, tmp_path):
+    """By name, and by a local task that stands in for another; with the same number it may be
+    twice, for two metrics.
+    """
+    own = toy_tasks.write(tmp_path / "own").parent
+
+    def refusal(first: dict, second: dict) -> str:
+        path = write(own / "s.yaml", {"name": "a", **first}, {"name": "b", **second})
+        shutil.rmtree(tmp_path / "out", ignore_errors=True)
+        return moe("eval", toy, "--suite", path, "--data", own, "--out", tmp_path / "out").err
+
+    choice = {"task": "toy_choice", "metric": "acc"}
+    said = "task toy_choice is asked with 0 shots and with 2: a suite asks a task once"
+    assert said in refusal(choice, {**choice, "shots": 2})
+    files = {"data": {"toy_choice": ["rows.json"]}}
+    stands_in = {"task": "piqa", "metric": "acc", "shots": 2, **files}
+    assert said in refusal(choice, stands_in)
+    assert not (tmp_path / "out").exists()
+    assert "is asked with" not in refusal(choice, {**choice, "metric": "acc_norm"})
+    assert (tmp_path / "out" / "results.json").exists()
 
 
 def test_every_domain_without_text_is_named(toy, tmp_path):

@@ -4,12 +4,14 @@ import errno
 import fcntl
 import json
 import os
+import shutil
 import signal
 import socket
 import subprocess
 import sys
 import time
 from pathlib import Path
+from typing import Any
 from unittest import mock
 
 import pytest
@@ -96,6 +98,37 @@ def test_children_do_not_keep_it(tmp_path):
     hold(tmp_path, 0).wait()
     os.kill(child, signal.SIGKILL)
     os.waitpid(child, 0)
+
+
+def test_who_is_refused_takes_a_folder_of_his_own_away_again(tmp_path):
+    """Not one that was there, nor one that holds more; nor after other errors."""
+    for name, there, more, error, left in [
+        ("new", False, False, UserError, False),
+        ("there", True, False, UserError, True),
+        ("written", False, True, UserError, True),
+        ("broken", False, False, ValueError, True),
+    ]:
+        out = tmp_path / name
+        if there:
+            out.mkdir()
+        with pytest.raises(error), lock.take(out, Alone()):
+            if more:
+                (out / "metrics.jsonl").write_text("")
+            raise error("no")
+        assert out.exists() == left, name
+
+
+def test_a_lock_that_its_holder_has_removed_is_taken_anew(tmp_path):
+    """Of a run that was refused while this one waited for it."""
+    out, waited = tmp_path / "run", []
+
+    def wait(*given: Any) -> None:
+        if not waited:
+            waited.append(True)
+            shutil.rmtree(out)
+
+    with mock.patch.object(fcntl, "lockf", side_effect=wait), lock.take(out, Alone()):
+        assert waited and (out / lock.FILE).exists()
 
 
 @pytest.mark.parametrize("number", lock.MISSING)

@@ -219,3 +219,20 @@ def test_torchrun_trains_on_two_ranks(toys, tmp_path) -> None:
             toy_run.column(toy_run.metrics(tmp_path / out), name) for out in ("alone", "run")
         )
         assert torch.allclose(two, alone, rtol=1e-5)
+
+
+def test_json_of_a_run_that_diverged_has_null_and_says_why(tmp_path):
+    """There is no NaN in JSON; the numbers of others are as they were."""
+    reporter = Reporter(tmp_path, "{}", 0, 9)
+    reporter.validation(1, math.nan)
+    reporter.validation(2, 4.5)
+    reporter.evaluation(2, {"t/acc": {"value": None, "error": None, "why": "nan"}})
+    reporter.close()
+    text = (tmp_path / "metrics.jsonl").read_text()
+    found = [json.loads(line, parse_constant=pytest.fail) for line in text.splitlines()]
+    assert found[:2] == [
+        {"step": 1, "validation_loss": None, "why": "nan"},
+        {"step": 2, "validation_loss": 4.5},
+    ]
+    with pytest.raises(ValueError, match="JSON"):  # negative control: what is not caught before
+        json.dumps(math.nan, allow_nan=False)

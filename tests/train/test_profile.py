@@ -93,14 +93,19 @@ def test_hooks_are_there_while_it_is_taken_alone(toys, tmp_path):
 
 
 def test_a_run_that_ends_early_leaves_the_trace_it_has(toys, tmp_path):
-    config = toys.config(tmp_path / "run", "train.steps=9", "profile.steps=2-9")
-    with toy_run.opened(config) as (run, take):
-        for step in (1, 2, 3):
-            run.tracer.at(step)
-            take()
-        run.tracer.close()
-    found = ranges(tmp_path / "run/profile/step-2-9.rank-0.json.gz")
-    check(found, range(2, 4), 4)
+    """Under the name of its steps; one that goes on leaves another, also of the same steps."""
+    config = toys.config(tmp_path / "run", "train.steps=9", "profile.steps=2-5")
+    for begin in (1, 3, 3):
+        with toy_run.opened(config) as (run, take):
+            for step in range(begin, begin + 3):
+                run.tracer.at(step)
+                take()
+            run.tracer.close()
+    names = {"step-2-3.rank-0": (2, 4), "step-3-5.rank-0": (3, 6), "step-3-5.rank-0.2": (3, 6)}
+    files = {path.name for path in (tmp_path / "run/profile").iterdir()}
+    assert files == {f"{name}.json.gz" for name in names}
+    for name, steps in names.items():
+        check(ranges(tmp_path / f"run/profile/{name}.json.gz"), range(*steps), 4)
 
 
 def test_a_trace_that_cannot_be_written_ends_no_run(toys, tmp_path):
