@@ -19,8 +19,11 @@ from moe.hf.importing import write_both_ropes
 from moe.model import RoutedLlamaConfig
 from moe.model.accounting import parameter_counts
 from moe.upcycle import writer
+from moe.upcycle.calibrate.compare import side_by_side
 from moe.upcycle.calibrate.fitting import calibrate
 from moe.upcycle.calibrate.journal import FOLDER
+from moe.upcycle.calibrate.picture import NAME as PICTURE
+from moe.upcycle.calibrate.picture import draw
 from moe.upcycle.calibrate.ranks import Ranks, join
 from moe.upcycle.calibrate.text import TOKENS, read_windows
 from moe.upcycle.receipt import Receipt, seal, versions
@@ -194,24 +197,44 @@ def execute(
             write_both_ropes(config / "config.json")
         if request.verify:
             with assembled(staging.folder, config) as whole:
-                receipt.verification = verify(
-                    source.folder, whole, request.text, conversion.exact,
-                    quiet=request.as_json, others=request.source[1:],
-                )  # fmt: skip
-            if receipt.verification["status"] == "fail":
-                raise Corrupt(
-                    f"{request.out} should compute what {source.folder} computes and does not: "
-                    f"relative difference {receipt.verification['relative_difference']:.1e}, bound "
-                    f"{receipt.verification['bound']:g}. Not published."
-                )
+                receipt.verification = prove(request, source, whole, conversion)
         for path in config.iterdir():
             path.rename(staging.folder / path.name)
         config.rmdir()
         shutil.rmtree(staging.folder / FOLDER, ignore_errors=True)
+        if conversion.fits.parts:
+            draw(step["calibration"]["parts"], staging.folder / PICTURE)
         receipt.files, receipt.tensors = written.files, written.tensors
         seal(staging.folder, receipt)
         staging.publish()
     return receipt
+
+
+def prove(request: Request, source: Source, whole: Path, conversion: Conversion) -> dict[str, Any]:
+    """The record of a verification. Raises Corrupt where a claim of exactness does not hold."""
+    record = verify(
+        source.folder, whole, request.text, conversion.exact, quiet=request.as_json,
+        others=request.source[1:],
+    )  # fmt: skip
+    if any(part.routes for part in conversion.fits.parts):
+        record["choices"] = compare(request, source, whole, conversion)
+    if record["status"] == "fail":
+        raise Corrupt(
+            f"{request.out} should compute what {source.folder} computes and does not: "
+            f"relative difference {record['relative_difference']:.1e}, bound "
+            f"{record['bound']:g}. Not published."
+        )
+    return record
+
+
+def compare(
+    request: Request, source: Source, converted: Path, conversion: Conversion
+) -> list[dict[str, Any]]:
+    """The fitted choice beside others, on the held-out text and on Python's documentation."""
+    texts = [request.text, None] if request.text else [None]
+    held_out = [windows(source.folder, text, source.config.vocab_size) for text in texts]
+    given = [(name, ids) for ids, name in held_out]
+    return side_by_side(source.folder, converted, conversion.fits, given)
 
 
 def set_scales(config: RoutedLlamaConfig, scales: Mapping[int, float]) -> None:

@@ -332,6 +332,9 @@ def summary(record: dict[str, Any]) -> str:
             worst = max(x["max_over_mean"] for x in loads)
             dead = sum(x["dead_share"] for x in loads) / len(loads)
             lines.append(f"  {noun}: load max/mean at most {worst:.2f}, dead {dead:.1%}")
+    for row in record.get("choices", []):
+        found = ", ".join(f"{how} {v:.3f}" for how, v in row.items() if how != "text" and v)
+        lines.append(f"  perplexity of choices on {row['text']}: {found}")
     if gradients := record["gradients"]:
         reached = sum(g["language"] > 0 or g["own"] > 0 for g in gradients)
         lines.append(f"  a gradient reaches {reached} of {len(gradients)} router parameters")

@@ -44,7 +44,7 @@ from moe.upcycle.source import (
 SHARD_BYTES = 4 * 2**30
 FLUSH_BYTES = 128 * 2**20  # the disk starts on what is written while more comes
 NOT_COPIED = {*PICKLES, ".safetensors", ".gguf", ".h5", ".msgpack", ".onnx", ".py"}
-OWN_FILES = {"config.json", "receipt.json", "manifest.json", JOURNAL}
+OWN_FILES = {"config.json", "receipt.json", "manifest.json", "calibration.png", JOURNAL}
 NEW_JOURNAL = JOURNAL + ".new"
 TEMPLATES = "additional_chat_templates"  # where transformers keeps all but the first
 

@@ -244,7 +244,8 @@ def fit_of(scores, mean=None):
     solution = torch.cat([torch.eye(units), torch.zeros(1, units)]).double()
     mean = scores.mean(0).double() if mean is None else torch.tensor(mean).double()
     empty = torch.empty(0, dtype=torch.long)
-    return LayerFit(solution, scores, mean, torch.tensor(1.0), empty, torch.tensor(0.0))
+    one = torch.tensor(1.0)
+    return LayerFit(solution, scores, scores[::4], mean, one, empty, torch.tensor(0.0))
 
 
 def test_one_threshold_keeps_the_mean_where_it_is_worth_most():

@@ -12,7 +12,13 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
 from moe.model import RoutedLlamaForCausalLM
+from moe.upcycle.calibrate.compare import Masks, masking
+from moe.upcycle.calibrate.fitting import calibrate
+from moe.upcycle.calibrate.parts import Fits, Part
+from moe.upcycle.calibrate.ranks import Alone
 from moe.upcycle.receipt import Receipt
+from moe.upcycle.source import Source
+from moe.upcycle.verify import load
 
 TOKENS = ("--calibration-tokens", calibrating.TOKENS)
 
@@ -39,11 +45,12 @@ def convert(moe_upcycle, texts, tmp_path):
     """`convert("moh", …, source=…)`: the folder that the command makes, and what it printed."""
     count = iter(range(100))
 
-    def call(recipe, *options, source, verify=False):
+    def call(recipe, *options, source, verify=False, calibrate=True):
         out = tmp_path / f"out{next(count)}"
         held = ("--text", texts[1]) if verify else ("--no-verify",)
-        given = ("--source", source, "--out", out, "--calibrate", texts[0], *TOKENS)
-        result = moe_upcycle(recipe, *options, *given, *held)
+        fitted = ("--calibrate", texts[0], *TOKENS) if calibrate else ()
+        given = "--source", source, "--out", out
+        result = moe_upcycle(recipe, *options, *given, *fitted, *held)
         assert result.code == 0, result.err
         return out, result
 
@@ -141,7 +148,8 @@ RECIPES = {
 def test_every_recipe_is_verified_and_the_same_bytes_every_time(case, convert, plain, weights):
     recipe, *options = RECIPES[case]
     out, result = convert(recipe, *options, source=plain, verify=True)
-    assert "verified on held.txt" in result.out and not list(out.glob("calib*"))
+    assert "verified on held.txt" in result.out and not (out / "calibration").exists()
+    assert (out / "calibration.png").read_bytes()[1:4] == b"PNG"
     again, _ = convert(recipe, *options, source=plain)
     for file in (out / "config.json", *out.glob("*.safetensors")):
         assert file.read_bytes() == (again / file.name).read_bytes()
@@ -330,3 +338,49 @@ def test_documents_begin_windows_and_nothing_is_padded(plain, tmp_path):
     assert [len(w) for w in windows] == [512, 188, 30, 270]
     decode = tiny.tokenizer().decode
     assert decode(windows[2]) == lines[1] and decode(windows[3]) == lines[2][:270]
+
+
+@pytest.mark.parametrize("case", ["threshold", "topk", "slices", "budget"])
+def test_choices_are_those_of_the_conversions(case, convert, plain):
+    """Masks on the source's outputs are what a converted model computes, ours and the paper's."""
+    recipe, *options = RECIPES[case]
+    out, result = convert(recipe, *options, source=plain, verify=True)
+    proof = Receipt.read(out).verification
+    held_out, documentation = proof["choices"]
+    assert held_out["dense"] == pytest.approx(proof["perplexity"]["parent"], rel=2e-5)
+    ours = "refit" if "--refit" in options else "calibrated"
+    assert held_out[ours] == pytest.approx(proof["perplexity"]["converted"], rel=2e-5)
+    assert ("refit" in held_out) == (ours == "refit")
+    assert held_out["oracle"] != held_out["calibrated"] != held_out["dense"]
+    assert documentation["text"] == "Python documentation" and "perplexity of choices" in result.out
+    if recipe == "moh":
+        paper, _ = convert("moh", "--router", "qnorm", source=plain, verify=True, calibrate=False)
+        found = Receipt.read(paper).verification["perplexity"]["converted"]
+        assert held_out["paper"] == pytest.approx(found, rel=2e-5)
+        assert held_out["calibrated"] != pytest.approx(found, rel=2e-5)  # negative control
+
+
+def test_the_best_choice_goes_by_what_units_add(planted, tmp_path):
+    """By hand: a dead head is off, one that always counts on."""
+    fits = Fits(parts=[Part(name="attention", units=9, keep=5, measure="norm")])
+    text = calibrating.windows(planted, calibrating.text(tmp_path / "text.txt"))
+    given = Source.open(planted), [0], fits, text, planted, "key", tmp_path / "journal", Alone()
+    calibrate(*given, quiet=True)
+    masks = Masks(fits.parts, fits.known, fits.bars, "oracle")
+    model = load(planted)
+    seen = []
+
+    def mask(part, index, entered, inputs):
+        seen.append(masks.of(part, index, entered, inputs))
+        weight = model.model.layers[0].self_attn.o_proj.weight
+        heads = inputs.view(-1, 9, 1, 8) * weight.T.view(9, 8, -1).transpose(1, 2)
+        worth = heads.sum(-1).norm(dim=-1) / entered.norm_T1
+        wanted = (worth >= fits.bars["attention"]).repeat_interleave(8, dim=1)
+        near = ((worth - fits.bars["attention"]).abs() < 1e-5).repeat_interleave(8, dim=1)
+        assert ((seen[-1] > 0) == wanted)[~near].all()
+
+    with masking(model, fits.parts, [0], mask), torch.no_grad():
+        model(torch.cat([window[None] for window in text[:1]]))
+    on = seen[0].view(-1, 9, 8)[:, :, 0]
+    assert on[:, ALWAYS].all() and not on[:, DEAD].any()
+    assert masks.kept[0] == pytest.approx(5, abs=0.5)

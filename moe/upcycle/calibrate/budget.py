@@ -51,7 +51,7 @@ def choose(
     scores = {layer: _scores(fits[layer], choice) for layer, choice in choices.items()}
     threshold = None
     if part.budget == "threshold":
-        threshold = _threshold(torch.cat([s.flatten() for s in scores.values()]), part)
+        threshold = bar(torch.cat([s.flatten() for s in scores.values()]), part)
     elif part.budget == "layer":
         for layer, top_k in _spend(scores, choices, part).items():
             choices[layer].top_k = top_k
@@ -91,7 +91,7 @@ def _scores(fit: LayerFit, choice: Choice) -> Tensor:
     return scores_TU[:, list(choice.routed)]
 
 
-def _threshold(scores: Tensor, part: Part) -> float:
+def bar(scores: Tensor, part: Part) -> float:
     """What as many scores reach as the budget has room for."""
     on = min(max(1, round(part.keep / part.units * len(scores))), len(scores))
     if on == len(scores):

@@ -28,6 +28,9 @@ class Units:
         """Slices of an order of neurons, after those that are always on."""
         return cls(order[always:].view(units, -1), order[:always])
 
+    def to(self, device: torch.device | str) -> "Units":
+        return Units(self.columns.to(device), self.always.to(device))
+
     def take(self, z_TD: Tensor) -> Tensor:
         """The inputs of each unit [U, T, s]."""
         return z_TD[:, self.columns.flatten()].unflatten(1, self.columns.shape).transpose(0, 1)

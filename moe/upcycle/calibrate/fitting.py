@@ -15,7 +15,8 @@ import torch
 from torch import Tensor
 
 from moe.progress import Progress
-from moe.upcycle.calibrate.budget import Choice, choose
+from moe.upcycle.calibrate.budget import Choice, bar, choose
+from moe.upcycle.calibrate.compare import Known
 from moe.upcycle.calibrate.contributions import Units, contributions, importance, metrics
 from moe.upcycle.calibrate.fisher import EVERY, PASSES, measure_gradients
 from moe.upcycle.calibrate.journal import Journal, LayerFit, empty_order
@@ -26,6 +27,8 @@ from moe.upcycle.calibrate.ridge import Moments, Refit, with_one
 from moe.upcycle.calibrate.stream import Model, Seen, Stream, losses
 from moe.upcycle.calibrate.text import require_sense, starts
 from moe.upcycle.source import Source
+
+SAMPLED = 16  # of so many tokens one says what the best choice there is would be
 
 Found = dict[tuple[Name, int], LayerFit]
 
@@ -137,9 +140,12 @@ class Calibration:
         units = units_of(part, order, weight_HD)
         metric_Uss = metrics(weight_HD, units, fisher_HH)
         moments = Moments.empty(len(weight_HD), part.units, weight_HD.device)
+        some = [torch.empty(0, part.units)]
         for x_SH, z_SD, norm_S1 in seen:
             worth_SU = contributions(z_SD, units, metric_Uss)
-            moments.add(x_SH, worth_SU / norm_S1 if part.relative else worth_SU)
+            worth_SU = worth_SU / norm_S1 if part.relative else worth_SU
+            moments.add(x_SH, worth_SU)
+            some.append(worth_SU[::SAMPLED].cpu())
         moments.sum(self.ranks)
         solution = moments.solve(part.intercept)
         own = [(with_one(s.x_SH).double() @ solution).float().cpu() for s in seen]
@@ -147,6 +153,7 @@ class Calibration:
         return LayerFit(
             solution=solution.cpu(),
             scores=torch.cat(self.ranks.gather(torch.cat([empty, *own]))),
+            worth=torch.cat(self.ranks.gather(torch.cat(some))),
             mean=moments.mean.cpu(),
             explained=torch.tensor(moments.explained(solution)),
             order=order,
@@ -199,6 +206,23 @@ class Calibration:
                 self.journal.save_output(part.name, index, weight)
         return outputs
 
+    def remember(
+        self, fits: Fits, found: Found, choices: Mapping[Name, Mapping[int, Choice]]
+    ) -> None:
+        """What a comparison of choices needs to know."""
+        for part in self.parts:
+            for index, choice in choices[part.name].items():
+                weight_HD = self.model.weight(part.output(index))
+                units = units_of(part, found[part.name, index].order, weight_HD)
+                fisher = self.journal.fisher(part.name, index)
+                fisher_HH = None if fisher is None else fisher.to(weight_HD)
+                metric_Uss = metrics(weight_HD, units, fisher_HH)
+                known = Known(units.to("cpu"), metric_Uss.cpu(), choice)
+                fits.known[part.name, index] = known
+            if part.budget == "threshold":
+                own = [found[part.name, index].worth.flatten() for index in self.layers]
+                fits.bars[part.name] = bar(torch.cat(own), part)
+
     def _refit_part(
         self, part: Part, index: int, fit: LayerFit, choice: Choice, seen: Sequence[Seen]
     ) -> Tensor:
@@ -249,6 +273,7 @@ def calibrate(
             choices[part.name], threshold = choose(own, part, fits.dtype)
             record[part.name] = describe(part, own, choices[part.name], threshold)
         fits.tensors |= run.refit(found, choices)
+        run.remember(fits, found, choices)
     for part in fits.parts:
         settle(fits, part, choices[part.name], found)
     if ranks.rank == 0:
@@ -298,6 +323,7 @@ def describe(
             "shared": list(choice.shared),
             **kept,
             "r2": round(fits[layer].explained.item(), 4),
+            "worth": [float(f"{mean:.3g}") for mean in fits[layer].mean.tolist()],
             "dead": list(choice.dead),
             "seconds": round(fits[layer].seconds.item(), 2),
         }

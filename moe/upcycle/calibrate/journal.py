@@ -23,6 +23,7 @@ class LayerFit:
 
     solution: Tensor  # [H + 1, U] of the ridge regression, float64
     scores: Tensor  # [T, U] what it predicts, float32
+    worth: Tensor  # [T / SAMPLED, U] what units of some tokens really add, float32
     mean: Tensor  # [U] contribution, float64
     explained: Tensor  # [] R²
     order: Tensor  # [F] of neurons; empty where the units lie as they are

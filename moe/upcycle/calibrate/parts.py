@@ -80,6 +80,8 @@ class Fits:
     tensors: dict[str, Tensor] = field(default_factory=dict)
     orders: dict[int, Sequence[int]] = field(default_factory=dict)  # of an MLP's neurons
     changes: dict[str, dict[int, dict[str, Any]]] = field(default_factory=dict)  # of specifications
+    known: dict[tuple[Name, int], Any] = field(default_factory=dict)  # for comparing choices
+    bars: dict[Name, float] = field(default_factory=dict)  # that a unit's true worth must reach
 
 
 @dataclass(frozen=True, slots=True)
