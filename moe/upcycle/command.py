@@ -61,6 +61,12 @@ FFNWeights = Annotated[
     typer.Option(help="renorm: weights of the chosen FFNs sum to 1. raw: their probabilities, as "
                  "in BAM's paper."),
 ]  # fmt: skip
+BranchTarget = Annotated[
+    Literal["label", "loss"] | None,
+    typer.Option(help="What a calibrated router goes by: the source that each line of the text is "
+                 "labelled with, or what the sources lose on each token. Default label where the "
+                 "lines have labels."),
+]  # fmt: skip
 
 
 def _common(
@@ -225,6 +231,8 @@ def btx(
     groups: Groups = 1,
     top_groups: TopGroups = None,
     ffn_weights: FFNWeights = "renorm",
+    router: SliceRouter = None,
+    target: BranchTarget = None,
     purpose: Purpose = "train",
 ) -> BTX:
     """Several models' FFNs as experts, everything else averaged (Branch-Train-Mix)."""
@@ -248,6 +256,8 @@ def bam(
         typer.Option("--convert-block", help="Make sequential sources parallel all the same."),
     ] = False,
     ffn_weights: FFNWeights = "renorm",
+    router: SliceRouter = None,
+    target: BranchTarget = None,
     purpose: Purpose = "train",
 ) -> BAM:  # fmt: skip
     """Several models' FFNs and attentions as experts (Branch-Attend-Mix)."""

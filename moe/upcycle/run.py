@@ -19,9 +19,11 @@ from moe.hf.importing import write_both_ropes
 from moe.model import RoutedLlamaConfig
 from moe.model.accounting import parameter_counts
 from moe.upcycle import writer
+from moe.upcycle.calibrate.branches import calibrate_branches
 from moe.upcycle.calibrate.compare import side_by_side
 from moe.upcycle.calibrate.fitting import calibrate
 from moe.upcycle.calibrate.journal import FOLDER
+from moe.upcycle.calibrate.labels import read_labelled
 from moe.upcycle.calibrate.picture import NAME as PICTURE
 from moe.upcycle.calibrate.picture import draw
 from moe.upcycle.calibrate.ranks import Ranks, join
@@ -69,7 +71,6 @@ def run(recipe: Any, request: Request) -> None:
 def _run(recipe: Any, request: Request, ranks: Ranks) -> None:
     require_other_text(request.calibrate, request.text)
     sources = [Source.open(folder) for folder in request.source]
-    source = sources[0]
     dtype = getattr(torch, request.dtype) if request.dtype else None
     conversion = convert(sources, recipe, request.seed, request.layers, dtype, request.calibrate)
     plan = writer.cast(conversion.plan, dtype)
@@ -77,12 +78,12 @@ def _run(recipe: Any, request: Request, ranks: Ranks) -> None:
         raise UserError(f"{request.out} exists. Choose another --out, or remove it.")
     if any(request.out.resolve().is_relative_to(f.resolve()) for f in request.source):
         raise UserError(f"--out {request.out} lies in a source's folder. Choose another.")
-    if request.calibration_tokens is not None and not conversion.fits.parts:
+    if request.calibration_tokens is not None and not conversion.fits.wanted:
         raise UserError(
             f"--calibration-tokens {request.calibration_tokens} is for what is fitted to "
             "--calibrate text: --router and --shared calibrated, --partition shared-coactivation."
         )
-    if ranks.rank and (request.dry_run or not conversion.fits.parts):
+    if ranks.rank and (request.dry_run or not conversion.fits.wanted):
         return
     for warning in conversion.warnings if not ranks.rank else ():
         typer.echo(f"warning: {warning}", err=True)
@@ -90,9 +91,9 @@ def _run(recipe: Any, request: Request, ranks: Ranks) -> None:
         described = describe_plan(conversion, plan, sources)
         typer.echo(json.dumps(described) if request.as_json else describe_lines(described))
         return
-    text = read_texts(request, source, conversion)
+    text = read_texts(request, sources, conversion)
     if ranks.rank:
-        fit(request, source, conversion, text, None, ranks)
+        fit(request, sources, conversion, text, None, ranks)
         return
     receipt = execute(request, sources, conversion, plan, text, ranks)
     if request.as_json:
@@ -105,17 +106,23 @@ def _run(recipe: Any, request: Request, ranks: Ranks) -> None:
     typer.echo(summary(receipt.verification) if receipt.verification else "not verified")
 
 
-def read_texts(request: Request, source: Source, conversion: Conversion) -> list[Tensor]:
+def read_texts(request: Request, sources: list[Source], conversion: Conversion) -> list[Tensor]:
     """Windows to fit to, none where nothing is fitted. Raises UserError over any text that is of no
     use: what would make a conversion fail is said now, not after an hour of writing.
     """
-    problems, found, vocabulary = [], [], source.config.vocab_size
+    problems, found = [], []
+    source, branches = sources[0], conversion.fits.branches
+    vocabulary = source.config.vocab_size
     if request.verify:
         problems += problem(windows, source.folder, request.text, vocabulary)
-    if request.calibrate and conversion.fits.parts:
+    if request.calibrate and conversion.fits.wanted:
         tokens = request.calibration_tokens or TOKENS
         try:
-            found = read_windows(source.folder, request.calibrate, tokens, conversion.config)
+            given = request.calibrate, tokens, conversion.config
+            if branches:
+                found = read_labelled(branches, [s.folder for s in sources], *given)
+            else:
+                found = read_windows(source.folder, *given)
         except UserError as error:
             problems += str(error).split("\n")
     elif request.calibrate:
@@ -126,7 +133,7 @@ def read_texts(request: Request, source: Source, conversion: Conversion) -> list
 
 def fit(
     request: Request,
-    source: Source,
+    sources: list[Source],
     conversion: Conversion,
     text: list[Tensor],
     folder: Path | None,
@@ -135,10 +142,16 @@ def fit(
     """Give the plan and the config what is fitted to text; returns the receipt's record."""
     assert request.calibrate is not None
     config, fits = conversion.config, conversion.fits
-    record = calibrate(
-        source, conversion.layers, fits, text, request.calibrate, str(request.seed), folder,
-        ranks, quiet=request.as_json,
-    )  # fmt: skip
+    layers, path, quiet = conversion.layers, request.calibrate, request.as_json
+    if fits.branches:
+        dtype = getattr(torch, request.dtype) if request.dtype else None
+        plan = writer.cast(conversion.plan, dtype)
+        record = calibrate_branches(
+            sources, config, plan, layers, fits, text, path, folder, ranks, quiet
+        )
+    else:
+        key = str(request.seed)
+        record = calibrate(sources[0], layers, fits, text, path, key, folder, ranks, quiet)
     for part, changes in fits.changes.items():
         change_layers(config, part, changes)
     if problems := config.problems():
@@ -175,10 +188,10 @@ def execute(
         typer.echo(f"continuing in {staging.folder}", err=True)
     earlier = Receipt.read(source.folder)
     receipt = Receipt(steps=[*(earlier.steps if earlier else []), step])
-    if conversion.fits.parts:
+    if conversion.fits.wanted:
         with fitting(staging):
             given = text, staging.folder / FOLDER, ranks
-            step["calibration"] |= fit(request, source, conversion, *given)
+            step["calibration"] |= fit(request, sources, conversion, *given)
     written = writer.write_weights(plan, sources, staging, quiet=request.as_json)
     with writer.building(staging):
         writer.copy_side_files(source.folder, staging.folder)
@@ -279,7 +292,7 @@ def describe_step(
         and {
             "path": str(request.calibrate),
             "xxh3": hash_file(request.calibrate),
-            **({"tokens": request.calibration_tokens or TOKENS} if conversion.fits.parts else {}),
+            **({"tokens": request.calibration_tokens or TOKENS} if conversion.fits.wanted else {}),
         },
         "exact": conversion.exact,
         "statement": conversion.statement,
@@ -308,7 +321,7 @@ def describe_plan(
     total, active = parameter_counts(conversion.config)
     return {
         "groups": list(groups.values()),
-        "fitted": [part.describe() for part in conversion.fits.parts],
+        "fitted": [part.describe() for part in conversion.fits.wanted],
         "linked_bytes": linked,
         "written_bytes": written,
         "total_parameters": total,

@@ -7,4 +7,7 @@
 The source is walked layer by layer over all windows at once (`stream`). In each layer, what every
 unit (a head, a KV group, a slice of neurons) adds to the residual stream is predicted from the
 layer's input by ridge regression (`ridge`); a budget (`budget`) turns predictions into routers.
+
+Routers between several sources (`branches`) are fitted in a walk through their mixture, to labels
+of the text (`labels`) or to what each source loses on its tokens.
 """

@@ -68,6 +68,14 @@ class Journal:
         tensors = self._load(f"fisher-{part}-{layer}")
         return None if tensors is None else tensors["moment"]
 
+    def save_losses(self, name: str, losses_T: Tensor) -> None:
+        """What a source of a mixture loses on each token."""
+        self._save(f"losses-{name}", {"losses": losses_T})
+
+    def losses(self, name: str) -> Tensor | None:
+        tensors = self._load(f"losses-{name}")
+        return None if tensors is None else tensors["losses"]
+
     def note(self, name: str, value: float) -> None:
         """A number to be remembered."""
         self._save(name, {"value": torch.tensor(value, dtype=torch.float64)})

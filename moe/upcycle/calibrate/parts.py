@@ -72,16 +72,48 @@ class Part:
 
 
 @dataclass(slots=True)
+class Branches:
+    """A mixture's sources, between which the routers of these parts of its layers are to choose.
+
+    `labels` and `target` come with the text, where the target was not asked for.
+    """
+
+    parts: Sequence[Name]
+    count: int
+    target: Literal["label", "loss"] | None
+    labels: list[int] = field(default_factory=list)  # the source of each window
+
+    def router(self, part: Name, layer: int) -> str:
+        """Name of a router's weight."""
+        return f"model.layers.{layer}.{MODULES[part]}.router.weight"
+
+    def describe(self) -> str:
+        """In words, for a plan."""
+        aims = {"label": "the text's labels", "loss": "what each source loses on a token"}
+        aim = aims[self.target] if self.target else "the text's labels where it has some"
+        where = " and ".join(self.parts)
+        return f"{where} routers between {self.count} sources, layer by layer, to {aim}"
+
+
+@dataclass(slots=True)
 class Fits:
-    """What recipes want to know (`parts`), and what calibration says of it."""
+    """What recipes want to know (`parts` of one source, or `branches`), and what calibration says
+    of it.
+    """
 
     parts: list[Part] = field(default_factory=list)
+    branches: Branches | None = None
     dtype: torch.dtype = torch.float32  # that routers are rounded to
     tensors: dict[str, Tensor] = field(default_factory=dict)
     orders: dict[int, Sequence[int]] = field(default_factory=dict)  # of an MLP's neurons
     changes: dict[str, dict[int, dict[str, Any]]] = field(default_factory=dict)  # of specifications
     known: dict[tuple[Name, int], Any] = field(default_factory=dict)  # for comparing choices
     bars: dict[Name, float] = field(default_factory=dict)  # that a unit's true worth must reach
+
+    @property
+    def wanted(self) -> Sequence[Part | Branches]:
+        """All that is to be fitted."""
+        return [*self.parts, *([self.branches] if self.branches else [])]
 
 
 @dataclass(frozen=True, slots=True)

@@ -4,7 +4,7 @@ S tokens of a window, H hidden, D inputs of an output projection.
 """
 
 import contextlib
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -13,7 +13,7 @@ from torch.nn import functional as F
 from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding
 
 from moe.errors import Corrupt
-from moe.model import RoutedLlamaForCausalLM
+from moe.model import RoutedLlamaConfig, RoutedLlamaForCausalLM
 from moe.model.llama import RoutedDecoderLayer
 from moe.progress import Progress
 from moe.upcycle.calibrate.parts import MODULES, OUTPUTS, Name
@@ -33,19 +33,28 @@ class Seen(NamedTuple):
 
 
 class Model:
-    """A source's modules, each with its weights, in float32, only while it is used."""
+    """A source's modules, each with its weights, in float32, only while it is used; with a config
+    and a plan those of what is made of it.
+    """
 
-    def __init__(self, source: Source, device: torch.device) -> None:
-        self.source, self.device = source, device
-        self.config = config_of(source)
-        self.plan = unchanged(source)
+    def __init__(
+        self,
+        source: Source,
+        device: torch.device,
+        config: RoutedLlamaConfig | None = None,
+        plan: Mapping[str, Expression] | None = None,
+    ) -> None:
+        self.name = str(source.folder) if plan is None else f"the mixture with {source.folder}"
+        self.device = device
+        self.config = config or config_of(source)
+        self.plan = plan or unchanged(source)
         with torch.device("meta"):
             self.empty = RoutedLlamaForCausalLM(self.config).eval().requires_grad_(False)
         self.rotary = LlamaRotaryEmbedding(self.config).to(device)
         self._arguments: dict[tuple[int, str], dict[str, Any]] = {}
 
     def weight(self, name: str) -> Tensor:
-        """A tensor of the source in float32."""
+        """A tensor of the plan in float32."""
         expression = self.plan[name]
         whole = expression.rows(0, num_rows(expression.shape)).view(expression.shape)
         return whole.to(self.device, torch.float32)
@@ -118,15 +127,17 @@ def _one_kind_of_attention(device: torch.device) -> Iterator[None]:
         yield
 
 
-def losses(head: nn.Module, x_SH: Tensor, ids_S: Tensor) -> Iterator[Tensor]:
-    """Cross entropy of the next tokens, summed over some of them at a time."""
+def losses(
+    head: nn.Module, x_SH: Tensor, ids_S: Tensor, reduction: str = "sum"
+) -> Iterator[Tensor]:
+    """Cross entropy of the next tokens, some of them at a time: summed over those, or of each."""
     vocabulary = head[1].weight.shape[0]  # type: ignore[index]
     step = max(1, LOGITS // vocabulary)
     for start in range(0, len(ids_S) - 1, step):
         stop = min(start + step, len(ids_S) - 1)
         logits = head(x_SH[start:stop])
         yield F.cross_entropy(
-            logits, ids_S[start + 1 : stop + 1].to(logits.device), reduction="sum"
+            logits, ids_S[start + 1 : stop + 1].to(logits.device), reduction=reduction
         )
 
 
@@ -196,6 +207,6 @@ def require_finite(model: Model, index: int, x_SH: Tensor) -> None:
     """Raise Corrupt naming the layer whose output is not finite."""
     if not x_SH.isfinite().all():
         raise Corrupt(
-            f"{model.source.folder}: layer {index} gives values that are not finite on the "
+            f"{model.name}: layer {index} gives values that are not finite on the "
             "calibration text, computed in float32. Its weights are damaged: nothing is fitted."
         )

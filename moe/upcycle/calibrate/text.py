@@ -7,6 +7,7 @@ import itertools
 import json
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -27,26 +28,48 @@ def read_windows(folder: Path, text: Path, tokens: int, config: RoutedLlamaConfi
     A document begins a window; a `.jsonl` file has one a line, any other file is one. Raises
     UserError where there are too few for the fit, or they are not of this model's vocabulary.
     """
+    tokenizer = tokenizer_of(folder)
+    windows: list[Tensor] = []
+    left = tokens
+    for document in documents(text, CHARACTERS * tokens):
+        windows += cut(tokenizer, document, left, config)
+        left = tokens - sum(map(len, windows))
+        if left < 2:
+            break
+    require_use(folder, text, tokenizer, windows, tokens, config)
+    return windows
+
+
+def tokenizer_of(folder: Path) -> Any:
+    """The tokenizer of a model folder. Raises UserError where there is none to be used."""
     try:
-        tokenizer = load_tokenizer(folder)
+        return load_tokenizer(folder)
     except Exception as error:  # transformers raises what it likes over a bad tokenizer
         reason = str(error).strip().split("\n")[0].rstrip(".:")
         missing = f"{folder} has no tokenizer to calibrate with ({reason}). Add its files."
         raise UserError(refusal(folder, error, missing)) from error
+
+
+def cut(tokenizer: Any, document: str, most: int, config: RoutedLlamaConfig) -> list[Tensor]:
+    """A document's first tokens, at most so many, as windows of at least two."""
     length = min(WINDOW, config.max_position_embeddings)
-    windows: list[Tensor] = []
-    left = tokens
-    for document in documents(text, CHARACTERS * tokens):
-        given = tokenizer(document[: CHARACTERS * left], add_special_tokens=False)["input_ids"]
-        ids = torch.tensor(given[:left], dtype=torch.long)
-        windows += [window for window in ids.split(length) if len(window) > 1]
-        left = tokens - sum(map(len, windows))
-        if left < 2:
-            break
-    _require_enough(text, windows, tokens, config.hidden_size)
+    given = tokenizer(document[: CHARACTERS * most], add_special_tokens=False)["input_ids"]
+    ids = torch.tensor(given[:most], dtype=torch.long)
+    return [window for window in ids.split(length) if len(window) > 1]
+
+
+def require_use(
+    folder: Path,
+    text: Path,
+    tokenizer: Any,
+    windows: list[Tensor],
+    asked: int,
+    config: RoutedLlamaConfig,
+) -> None:
+    """Raise UserError where there are too few tokens, or not of this model's vocabulary."""
+    _require_enough(text, windows, asked, config.hidden_size)
     unknown = tokenizer.unk_token_id
     _require_vocabulary(folder, text, torch.cat(windows), unknown, config.vocab_size)
-    return windows
 
 
 def documents(text: Path, characters: int) -> Iterator[str]:
@@ -58,12 +81,13 @@ def documents(text: Path, characters: int) -> Iterator[str]:
                 return
             for number, line in enumerate(file, 1):
                 if line.strip():
-                    yield _document(text, number, line)
+                    yield document_of(text, number, line)
     except (OSError, UnicodeDecodeError) as error:
         raise UserError(f"--calibrate {text} cannot be read: {error}") from error
 
 
-def _document(text: Path, number: int, line: str) -> str:
+def document_of(text: Path, number: int, line: str) -> str:
+    """The text of a line of JSON. Raises UserError where it has none."""
     try:
         found = json.loads(line)["text"]
     except (ValueError, KeyError, TypeError, RecursionError) as error:

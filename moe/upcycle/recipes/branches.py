@@ -11,9 +11,11 @@ from torch import Tensor
 from moe.errors import UserError, raise_all
 from moe.model import RoutedLlamaConfig
 from moe.model.spec import BAMAttention, MoEMLP, to_dict
+from moe.upcycle.calibrate.parts import Branches, Name
 from moe.upcycle.expression import Concat, Expression, Mapped
 from moe.upcycle.rearrange import Beside, Given, Mean, Repeat, Rows, Take
 from moe.upcycle.recipes.experts import stack_experts
+from moe.upcycle.recipes.fitted import Router
 from moe.upcycle.recipes.seam import (
     ROUTER_STD,
     Purpose,
@@ -22,29 +24,41 @@ from moe.upcycle.recipes.seam import (
     group_problems,
 )
 
+BranchTarget = Literal["label", "loss"]
+
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class BTX:
     """The FFNs of several models as experts, everything else their mean (Branch-Train-Mix)."""
 
     name: ClassVar[str] = "btx"
-    parts: ClassVar[tuple[str, ...]] = ("mlp",)
+    parts: ClassVar[tuple[Name, ...]] = ("mlp",)
 
     top_k: int = 2
     groups: int = 1  # of consecutive sources; a token uses those of top_groups (None: of all)
     top_groups: int | None = None
     ffn_weights: Literal["raw", "renorm"] = "renorm"
+    router: Router | None = None
+    target: BranchTarget | None = None  # None: label where the text has labels
     purpose: Purpose = "train"
 
+    def fitted(self) -> Self:
+        """The same with a router that text is for."""
+        return dataclasses.replace(self, router="calibrated")
+
+    @property
+    def reads_text(self) -> bool:
+        return self.router == "calibrated"
+
     def resolved(self, config: RoutedLlamaConfig, sources: int) -> Self:
-        raise_all(mixture_problems(self.name, self.top_k, sources))
+        problems = mixture_problems(self.name, self.top_k, sources) + router_problems(self)
+        raise_all(problems)
         raise_all(group_problems(sources, self.top_k, self.groups, self.top_groups))
-        return self
+        return dataclasses.replace(self, router=self.router or "random")
 
     def apply(self, target: Target) -> str:
         average(target)
-        groups = self.groups, self.top_groups
-        mix_mlps(target, self.top_k, self.ffn_weights, self.purpose, *groups)
+        mix_mlps(target, self, self.groups, self.top_groups)
         return same_source(target, self.ffn_weights)
 
     def inexact(self, config: RoutedLlamaConfig) -> str:
@@ -62,17 +76,27 @@ class BAM:
     """
 
     name: ClassVar[str] = "bam"
-    parts: ClassVar[tuple[str, ...]] = ("attention", "mlp")
+    parts: ClassVar[tuple[Name, ...]] = ("attention", "mlp")
 
     top_k: int = 2
     kv: Literal["expert", "shared"] = "expert"
     block: Literal["sequential", "parallel"] | None = None
     convert_block: bool = False
     ffn_weights: Literal["raw", "renorm"] = "renorm"
+    router: Router | None = None
+    target: BranchTarget | None = None  # None: label where the text has labels
     purpose: Purpose = "train"
 
+    def fitted(self) -> Self:
+        """The same with routers that text is for."""
+        return dataclasses.replace(self, router="calibrated")
+
+    @property
+    def reads_text(self) -> bool:
+        return self.router == "calibrated"
+
     def resolved(self, config: RoutedLlamaConfig, sources: int) -> Self:
-        problems = mixture_problems(self.name, self.top_k, sources)
+        problems = mixture_problems(self.name, self.top_k, sources) + router_problems(self)
         block: Any = self.block or config.block
         if config.attention_output_bias:
             problems.append(
@@ -94,7 +118,7 @@ class BAM:
                 f"result is to be {block}. Add --block parallel, or leave it out."
             )
         raise_all(problems)
-        return dataclasses.replace(self, block=block)
+        return dataclasses.replace(self, block=block, router=self.router or "random")
 
     def apply(self, target: Target) -> str:
         average(target)
@@ -103,7 +127,8 @@ class BAM:
         target.set_parts("attention", to_dict(spec))
         for layer in target.layers:
             mix_attention(target, layer, self.kv)
-        mix_mlps(target, self.top_k, self.ffn_weights, self.purpose)
+            place_router(target, self, "attention", layer)
+        mix_mlps(target, self)
         if converted:
             make_parallel(target)
             return ""
@@ -133,6 +158,16 @@ def mixture_problems(name: str, top_k: int, sources: int) -> list[str]:
     return []
 
 
+def router_problems(recipe: BTX | BAM) -> list[str]:
+    """A target where nothing is fitted."""
+    if recipe.target is None or recipe.router == "calibrated":
+        return []
+    return [
+        f"--target {recipe.target} is for --router calibrated. Leave it out, or give --router "
+        "calibrated and --calibrate FILE."
+    ]
+
+
 def average(target: Target) -> None:
     """Every tensor the mean of the sources'."""
     for name in list(target.plan):
@@ -157,22 +192,17 @@ def raw_warning(ffn_weights: str) -> tuple[str, ...]:
 
 
 def mix_mlps(
-    target: Target,
-    top_k: int,
-    ffn_weights: str,
-    purpose: Purpose,
-    groups: int = 1,
-    top_groups: int | None = None,
+    target: Target, recipe: BTX | BAM, groups: int = 1, top_groups: int | None = None
 ) -> None:
     """The sources' FFNs as experts, one router."""
     spec = MoEMLP(
         num_experts=len(target.sources),
-        top_k=top_k,
-        renormalise=ffn_weights == "renorm",
+        top_k=recipe.top_k,
+        renormalise=recipe.ffn_weights == "renorm",
         num_groups=groups,
         top_groups=top_groups,
-        balance_coef=balance(purpose),
-        z_coef=0.001 if purpose == "train" else 0.0,
+        balance_coef=balance(recipe.purpose),
+        z_coef=0.001 if recipe.purpose == "train" else 0.0,
     )
     target.set_parts("mlp", to_dict(spec))
     for layer in target.layers:
@@ -183,7 +213,16 @@ def mix_mlps(
             gate, up, down = (plan[f"{at}.{n}_proj.weight"] for n in ("gate", "up", "down"))
             experts.append((gate, up, down))
         stack_experts(target, layer, experts)
-        target.draw_router(f"{at}.router.weight", len(experts), ROUTER_STD)
+        place_router(target, recipe, "mlp", layer)
+
+
+def place_router(target: Target, recipe: BTX | BAM, part: Name, layer: int) -> None:
+    """A router between the sources: drawn, or to be fitted to text."""
+    branches = Branches(recipe.parts, len(target.sources), recipe.target)
+    if recipe.router == "calibrated":
+        target.fit_branches(branches, part, layer)
+    else:
+        target.draw_router(branches.router(part, layer), branches.count, ROUTER_STD)
 
 
 def mix_attention(target: Target, layer: int, kv: str) -> None:
@@ -225,7 +264,6 @@ def mix_attention(target: Target, layer: int, kv: str) -> None:
         if kv == "shared":
             keys = [Mean(tuple(keys))]
         target.plan[f"{at}.k_norm.weight"] = Concat(tuple(Repeat(k, groups) for k in keys))
-    target.draw_router(f"{at}.router.weight", count, ROUTER_STD)
 
 
 def make_parallel(target: Target) -> None:

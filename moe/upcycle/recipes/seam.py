@@ -8,7 +8,7 @@ import torch
 
 from moe.errors import UserError
 from moe.model import RoutedLlamaConfig
-from moe.upcycle.calibrate.parts import Fits, Fitted, Part
+from moe.upcycle.calibrate.parts import Branches, Fits, Fitted, Name, Part
 from moe.upcycle.expression import Draw, Expression
 from moe.upcycle.partition import Activations
 
@@ -67,6 +67,13 @@ class Target:
                 name = part.output(layer)
                 shape = self.plan[name].shape
                 self.plan[name] = Fitted(name, shape, dtype, "least squares", self.fits)
+
+    def fit_branches(self, branches: Branches, part: Name, layer: int) -> None:
+        """Have the router between the sources fitted in one part of a layer."""
+        self.fits.branches = branches
+        dtype = self.fits.dtype = self.dtype or self.plan["model.norm.weight"].dtype
+        name, shape = branches.router(part, layer), (branches.count, self.config.hidden_size)
+        self.plan[name] = Fitted(name, shape, dtype, "ridge router", self.fits)
 
     def pop_mlp(self, layer: int) -> tuple[Expression, Expression, Expression]:
         """Take a layer's gate, up and down matrices out of the plan."""
