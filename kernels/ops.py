@@ -26,6 +26,7 @@ from moe.kernels.route.naive import Plan
 from moe.kernels.routed_mlp import grouped_mm
 from moe.kernels.routed_mlp import naive as routed_mlp_naive
 from moe.kernels.routed_mlp import op as routed_mlp_op
+from moe.kernels.routed_mlp.masked import masked_mlp, masks_pay
 from moe.kernels.routed_mlp.naive import PLAIN, Layout
 
 __all__ = [
@@ -39,6 +40,8 @@ __all__ = [
     "backend",
     "gate_heads",
     "limit_load",
+    "masked_mlp",
+    "masks_pay",
     "pack",
     "project_heads",
     "projection_share",

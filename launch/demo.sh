@@ -62,6 +62,9 @@ collect_text() {
         rm -f "text.partial/sources/${file//\//_}"
         cp "$library/$file" "text.partial/held-out/text/${file//\//_}"
     done
+    # the beginnings of some sources, to fit routers to; the reference is what they are verified on
+    find text.partial/sources -name '*.py' | LC_ALL=C sort | sed -n '1~8p' |
+        xargs head -q -c 2000 > text.partial/calibration.txt
     for topic in $("$PYTHON" -m pydoc topics | sed 1,3d); do
         folder=documentation
         case $topic in
@@ -84,18 +87,19 @@ say "1 of 8: a dense model, from GGUF to safetensors"
 [ -e dense ] || [ -n "$GGUF" ] || fetch_model
 step dense "$BIN/moe" import "$GGUF" --out dense
 
-say "2 of 8: its attention becomes a mixture of heads, 7 of 9 active"
-step moh "$BIN/moe" upcycle moh --source dense --shared-heads 4 --top-k 3 --out moh
-
-say "3 of 8: its MLPs become 4 experts, 2 active"
-step converted "$BIN/moe" upcycle copy --source moh --num-experts 4 --top-k 2 --out converted
-
-say "4 of 8: text, the library and the reference of this Python"
+say "2 of 8: text, the library and the reference of this Python"
 [ -e text ] || collect_text
 step data/sources.json "$BIN/moe" data prepare text/sources \
     --tokenizer dense --validation 0.05 --out data/sources
 step data/documentation.json "$BIN/moe" data prepare text/documentation \
     --tokenizer dense --validation 0.1 --out data/documentation
+
+say "3 of 8: its attention becomes a mixture of heads, 7 of 9 active, fitted to a few sources"
+step moh "$BIN/moe" upcycle moh --source dense --calibrate text/calibration.txt --mean-heads 7 \
+    --out moh
+
+say "4 of 8: its MLPs become 4 experts, 2 active"
+step converted "$BIN/moe" upcycle copy --source moh --num-experts 4 --top-k 2 --out converted
 
 say "5 of 8: training on $RANKS ranks"
 export OMP_NUM_THREADS=$(((CORES + RANKS - 1) / RANKS))

@@ -37,15 +37,18 @@ class Experts(nn.Module):
     def forward(
         self,
         x_TH: Tensor,
-        indices_TK: Tensor,
+        indices_TK: Tensor | None,
         weights_TK: Tensor,
         plan: ops.Plan | None = None,
     ) -> Tensor:
+        """What the experts make of each token [T, H]; without indices the weights are of all."""
         # an engine may have spread experts over ranks: these are the ones that live here
         w1_EDH, w2_EHI = (
             p.to_local() if hasattr(type(p), "to_local") else p  # type: ignore[attr-defined]
             for p in (self.gate_up_proj, self.down_proj)
         )
+        if indices_TK is None:
+            return ops.masked_mlp(x_TH, w1_EDH, w2_EHI, weights_TK)
         given = x_TH, w1_EDH, w2_EHI, indices_TK, weights_TK, plan
         return ops.routed_mlp(*given, recompute_h=self.recompute)
 
@@ -171,6 +174,12 @@ class RoutedMLP(nn.Module):
         if memory is not None and choice.set_BE is not None:
             memory["expert_set"] = choice.set_BE
         weights_TE = router.output_scale * choice.weights_TE
+        if self.dispatcher is local and ops.masks_pay(
+            x_TH, router.share, self.experts.down_proj.shape[-1]
+        ):
+            y_TH = self.experts(x_TH, None, weights_TE * choice.mask_TE)
+            y_TH = y_TH if self.shared_expert is None else y_TH + self.shared_expert(x_TH)
+            return y_TH, choice.load
         if choice.indices_TK is not None:
             weights_TK = weights_TE.gather(1, choice.indices_TK)
             fixed = ExpertChoice(choice.indices_TK, weights_TK, choice.load)

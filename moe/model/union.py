@@ -64,6 +64,12 @@ class UnionRouter(nn.Module):
         if top_k > own:
             self.output_scale = 1 + (self.output_scale - 1) * (experts - top_k) / (experts - own)
 
+    @property
+    def share(self) -> float:
+        """Of the experts, on per token, on average where that is what is fixed."""
+        on = routed_on(self.spec) if self.thresholds else self.top_k
+        return on / self.spec.num_experts
+
     def forward(
         self,
         x_BSH: Tensor,

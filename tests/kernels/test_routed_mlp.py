@@ -236,6 +236,30 @@ def test_only_x_and_h_are_kept_for_backward():
     assert len(kept - known) == 1  # h
 
 
+@pytest.mark.parametrize("shape", SHAPES.values(), ids=SHAPES)
+def test_all_experts_at_once_are_the_chosen_ones_where_the_others_weigh_nothing(shape):
+    given = case(shape, torch.float64)
+    x, w1, w2, indices, weights = (given[n] for n in ("x", "w1", "w2", "indices", "weights"))
+    of_all = torch.zeros(len(x), len(w1), dtype=torch.float64).scatter(1, indices, weights)
+    expected = naive.routed_mlp(x, w1, w2, indices, weights)
+    torch.testing.assert_close(ops.masked_mlp(x, w1, w2, of_all), expected, rtol=1e-12, atol=1e-12)
+    if len(x) and shape[3] > 1:
+        wrong = ops.masked_mlp(x, w1, w2, of_all.roll(1, 1))
+        assert (wrong - expected).norm() > 0.1 * expected.norm()
+
+
+@torch.no_grad()
+def test_when_all_experts_are_run_at_once(monkeypatch):
+    many, one = torch.empty(64, 4), torch.empty(1, 4)
+    assert ops.masks_pay(many, 0.5, 8) and not ops.masks_pay(many, 0.25, 192)
+    assert ops.masks_pay(many, 0.7, 192) and not ops.masks_pay(one, 0.7, 192)
+    assert not ops.masks_pay(many.to("meta"), 0.5, 8)
+    with torch.enable_grad():
+        assert not ops.masks_pay(many, 0.5, 8)
+    monkeypatch.setenv("MOE_KERNELS", "naive")
+    assert not ops.masks_pay(many, 0.5, 8)
+
+
 @pytest.mark.parametrize("path", ["cpu", "grouped_mm"])
 def test_opcheck(path):
     inputs = case(SHAPES["even"])

@@ -7,6 +7,7 @@ import torch
 from tiny import BUDGET, dense_config, dense_model, routed_model, tokens
 
 from moe.hf.families import routed_config
+from moe.kernels import ops
 from moe.model import RoutedLlamaForCausalLM
 from moe.model.accounting import mlp_parameters
 from moe.model.spec import mlp_spec, routed_on, to_dict
@@ -146,3 +147,20 @@ def test_a_good_spec_has_no_problem_and_is_counted_by_its_mean():
     counts = mlp_parameters(config, spec)
     assert counts.total == 4 * (72 + 1) + 4 * 3 * 72 * 16
     assert counts.active == 4 * (72 + 1) + 1.5 * 3 * 72 * 16
+
+
+@pytest.mark.parametrize("mode", ["token_choice", "threshold", "sequence", "budget"])
+def test_without_gradients_all_slices_run_at_once_with_the_same_result(mode, monkeypatch):
+    spec = BUDGET if mode == "budget" else {**SLICES, "mode": mode}
+    if mode == "threshold":
+        spec = {**spec, "router_bias": False}
+    model = routed_model(dense_model("llama"), mlp={**spec, **SHARED})
+    model, ids = model.double(), tokens(2, 12)
+    calls, at_once = [], ops.masked_mlp
+    monkeypatch.setattr(ops, "masked_mlp", lambda *given: calls.append(1) or at_once(*given))
+    apart = model(ids).logits.detach()
+    assert not calls
+    with torch.no_grad():
+        fast = model(ids).logits
+    assert len(calls) == model.config.num_hidden_layers
+    torch.testing.assert_close(fast, apart, rtol=1e-12, atol=1e-12)
