@@ -48,7 +48,10 @@ def test_every_step_is_done_and_the_result_is_a_trained_mixture(done):
     steps = [s["recipe"] for s in json.loads((folder / "tuned/receipt.json").read_text())["steps"]]
     assert steps == ["import", "moh", "copy", "train", "export"]
     config = json.loads((folder / "tuned/config.json").read_text())
-    assert config["attention"]["kind"] == "moh" and config["mlp"]["num_experts"] == 4
+    assert all(layer["budget"] == "threshold" for layer in config["attention"])
+    assert config["mlp"]["num_experts"] == 4
+    calibration = json.loads((folder / "moh/receipt.json").read_text())["steps"][-1]["calibration"]
+    assert calibration["path"].endswith("calibration.txt") and calibration["tokens"] > 1000
     lines = [json.loads(x) for x in (folder / "run/metrics.jsonl").read_text().splitlines()]
     assert lines[-2]["step"] == 6 and "validation_loss" in lines[-1]
     assert list((folder / "run/tensorboard").glob("events*"))
@@ -85,6 +88,9 @@ def test_nobody_trains_on_what_is_evaluated(done):
         p.read_text() for part in ("sources", "documentation")
         for p in (folder / "text" / part).iterdir()
     )  # fmt: skip
+    fitted = (folder / "text/calibration.txt").read_text()
+    assert not any(text[:500] in fitted for text in held_out)
+    assert (folder / "text/sources/abc.py").exists() and len(fitted) > 5000
     assert len(held_out) >= 4 and all(len(text) > 1000 for text in held_out)
     assert not any(text in trained for text in held_out)
     assert (folder / "text/documentation/LOOPING.txt").read_text() in trained  # it would be seen

@@ -114,7 +114,7 @@ def describe(folder: Path, found: dict[str, Any]) -> str:
 
 
 def describe_model(folder: Path, found: dict[str, Any]) -> list[str]:
-    """Its size, then its layers, equal ones on one line."""
+    """Its size, then its layers, on one line those that differ in means at most."""
     total, active = found["total_parameters"], found["active_parameters"]
     lines = [
         f"{folder}: {found['model_type']}, {total / 1e6:.1f} M parameters, "
@@ -124,15 +124,26 @@ def describe_model(folder: Path, found: dict[str, Any]) -> list[str]:
     start = 0
     layers = found["layers"]
     for index in range(1, len(layers) + 1):
-        if index == len(layers) or layers[index] != layers[start]:
+        if index == len(layers) or _but_means(layers[index]) != _but_means(layers[start]):
             span = f"{start}" if index == start + 1 else f"{start}-{index - 1}"
-            lines.append(f"  layers {span:>7}: {_describe_layer(layers[start])}")
+            lines.append(f"  layers {span:>7}: {_describe_layers(layers[start:index])}")
             start = index
     return lines
 
 
-def _describe_layer(layer: dict[str, Any]) -> str:
-    attention, mlp = layer["attention"], layer["mlp"]
+def _but_means(layer: dict[str, Any]) -> dict[str, Any]:
+    """A layer, its means left out: each layer has its own, where one threshold is for all."""
+    return {
+        name: {k: v is not None if k == "mean" else v for k, v in part.items()}
+        for name, part in layer.items()
+    }
+
+
+def _describe_layers(layers: list[dict[str, Any]]) -> str:
+    attention, mlp = (
+        {**layers[0][name], "means": [layer[name].get("mean") for layer in layers]}
+        for name in ("attention", "mlp")
+    )
     heads = f"dense attention, {attention['experts']} heads"
     if attention["kind"] == "moh":
         heads = (
@@ -151,4 +162,8 @@ def _describe_layer(layer: dict[str, Any]) -> str:
 
 def _number(part: dict[str, Any]) -> str:
     """How many of a part's units are on per token, where no number is fixed their mean."""
-    return f"a mean of {part['mean']:.3g}" if "mean" in part else str(part["top_k"])
+    if "mean" not in part:
+        return str(part["top_k"])
+    low, high = (f"{bound:.3g}" for bound in (min(part["means"]), max(part["means"])))
+    mean = f"a mean of {sum(part['means']) / len(part['means']):.3g}"
+    return mean if low == high else f"{mean} ({low} to {high})"

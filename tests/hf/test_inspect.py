@@ -208,3 +208,16 @@ def test_budgets_are_told_by_their_means(tmp_path):
     assert found["total_parameters"] == parameters(tmp_path)
     said = moe("inspect", tmp_path).out
     assert "1 shared + a mean of 4.5 routed of 9; uoe, a mean of 2 of 4 experts" in said
+
+
+def test_layers_that_differ_in_their_means_are_one_line(tmp_path):
+    means = [3.0, 4.5, 6.0][:LAYERS]
+    heads = [{**tiny.THRESHOLD, "mean_heads": mean} for mean in means]
+    tiny.routed_model(tiny.dense_model(), heads, tiny.BUDGET).save_pretrained(tmp_path)
+    said = moe("inspect", tmp_path).out
+    low, high = min(means) - 1, max(means) - 1  # one is shared
+    assert f"layers     0-{LAYERS - 1}: moh, 1 shared + a mean of" in said
+    assert f"({low:.3g} to {high:.3g}) routed of 9" in said
+    other = [*heads[:-1], {**heads[-1], "shared_heads": [0, 1]}]
+    tiny.routed_model(tiny.dense_model(), other, tiny.BUDGET).save_pretrained(tmp_path)
+    assert f"layers       {LAYERS - 1}: moh, 2 shared" in moe("inspect", tmp_path).out
