@@ -92,7 +92,7 @@ class Lab(Calibration):
 
     def one_after_the_other(self, threshold: float) -> tuple[Found, dict[int, Choice]]:
         """Each layer fitted on what comes out of the layers before with their units left out."""
-        stream = Stream(self.model, self.windows, self.progress)
+        stream = Stream(self.model, self.windows, self.ranks, self.progress)
         found: Found = {}
         choices = {}
         for index in self.layers:
@@ -111,7 +111,7 @@ class Lab(Calibration):
     @torch.no_grad()
     def stand_ins(self, found: Found, choices: dict[int, Choice], rank: int) -> dict[int, Tensor]:
         """Linear maps of a part's input and 1 [H + 1, H], of that rank, to what is left out."""
-        stream, fitted = Stream(self.model, self.windows, self.progress), {}
+        stream, fitted = Stream(self.model, self.windows, self.ranks, self.progress), {}
         for index in self.layers:
             with self.model.layer(index) as layer:
                 seen = stream.advance(layer, index, [self.part.name])[self.part.name]
@@ -227,7 +227,7 @@ class Search:
             units, metric_Uss = lab.units(index, found[lab.part.name, index])
             known[lab.part.name, index] = Known(units, metric_Uss, choices[index])
         worth = torch.cat([found[lab.part.name, i].worth.flatten() for i in lab.layers])
-        best = Masks([lab.part], known, {lab.part.name: bar(worth, lab.part)}, "oracle")
+        best = Masks([lab.part], known, {lab.part.name: bar(worth, lab.part, len(worth))}, "oracle")
         with masking(self.model, [lab.part], lab.layers, best.of):
             self._note(part, "the best choice there is", 0.0, best.kept)
 
@@ -280,13 +280,13 @@ def chosen(choices: dict[int, Choice], part: Part) -> On:
 
 def over(nets: dict[int, Hidden], lab: Lab, found: Found) -> On:
     """Units whose prediction by these is over one threshold, found on the same windows."""
-    stream = Stream(lab.model, lab.windows, lab.progress)
+    stream = Stream(lab.model, lab.windows, lab.ranks, lab.progress)
     scores = []
     for index in lab.layers:
         with lab.model.layer(index) as layer:
             seen = stream.advance(layer, index, [lab.part.name])[lab.part.name]
         scores += [nets[index](s.x_SH).flatten() for s in seen]
-    threshold = bar(torch.cat(scores), lab.part)
+    threshold = bar(torch.cat(scores), lab.part, sum(map(len, scores)))
     return lambda index, x_TH: (nets[index](x_TH) >= threshold).to(x_TH)
 
 

@@ -31,5 +31,7 @@ def masked_mlp(x_TH: Tensor, w1_EDH: Tensor, w2_EHI: Tensor, weights_TE: Tensor)
     gate_EIH, up_EIH = w1_EDH.unflatten(1, (2, inner)).unbind(1)
     gate_TF = F.linear(x_TH, gate_EIH.reshape(experts * inner, -1))
     a_TF = F.silu(gate_TF).mul_(F.linear(x_TH, up_EIH.reshape(experts * inner, -1)))
-    a_TF.view(-1, experts, inner).mul_(weights_TE[:, :, None].to(a_TF.dtype))
+    weights_TE1 = weights_TE[:, :, None].to(a_TF.dtype)
+    # what is not chosen may overflow, and zero times that would not be nothing
+    a_TF.view(-1, experts, inner).mul_(weights_TE1).masked_fill_(weights_TE1 == 0, 0.0)
     return a_TF @ w2_EHI.transpose(1, 2).reshape(experts * inner, -1)

@@ -44,7 +44,8 @@ Shared = Annotated[
 SliceRouter = Annotated[
     Literal["random", "calibrated"] | None,
     typer.Option(help="random: drawn, for training to begin from; calibrated: fitted to "
-                 "--calibrate text, the default where there is one."),
+                 "--calibrate text, the default where there is one, but for --partition activation "
+                 "and --output-scale calibrated, which have the text for themselves."),
 ]  # fmt: skip
 Target = Annotated[
     Literal["norm", "loss"] | None,

@@ -87,11 +87,11 @@ def _run(recipe: Any, request: Request, ranks: Ranks) -> None:
         return
     for warning in conversion.warnings if not ranks.rank else ():
         typer.echo(f"warning: {warning}", err=True)
+    text = read_texts(request, sources, conversion)
     if request.dry_run:
         described = describe_plan(conversion, plan, sources)
         typer.echo(json.dumps(described) if request.as_json else describe_lines(described))
         return
-    text = read_texts(request, sources, conversion)
     if ranks.rank:
         fit(request, sources, conversion, text, None, ranks)
         return

@@ -248,6 +248,19 @@ def test_all_experts_at_once_are_the_chosen_ones_where_the_others_weigh_nothing(
         assert (wrong - expected).norm() > 0.1 * expected.norm()
 
 
+def test_an_expert_that_overflows_hurts_only_those_that_chose_it():
+    given = case(SHAPES["even"])
+    x, w1, w2, indices, weights = (given[n] for n in ("x", "w1", "w2", "indices", "weights"))
+    of_all = torch.zeros(len(x), len(w1)).scatter(1, indices, weights)
+    w1[0] *= 1e30
+    y = ops.masked_mlp(x, w1, w2, of_all)
+    chosen = of_all[:, 0] > 0
+    assert not y[chosen].isfinite().all() and y[~chosen].isfinite().all()
+    given = case(SHAPES["even"])
+    sound = ops.masked_mlp(x, given["w1"], w2, of_all)
+    torch.testing.assert_close(y[~chosen], sound[~chosen])
+
+
 @torch.no_grad()
 def test_when_all_experts_are_run_at_once(monkeypatch):
     many, one = torch.empty(64, 4), torch.empty(1, 4)

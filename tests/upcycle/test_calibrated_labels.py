@@ -109,3 +109,18 @@ def test_two_folders_of_one_name_go_by_number(folder, tmp_path):
     lines(tmp_path / "t.jsonl", (NAMES[0], 1, 0))
     with pytest.raises(UserError, match=r"no source\. Use a number from 0 to 1\."):
         read_labelled(Branches(("mlp",), 2, None), *given)
+
+
+def test_a_source_with_next_to_no_text_is_named(folder, tmp_path, capsys):
+    config = config_of(Source.open(folder / NAMES[0]))
+    path = tmp_path / "text.jsonl"
+    given = [{"text": letters(2, 0)[:40], "label": 2}]
+    given += [{"text": letters(i, seed), "label": i} for seed in range(40) for i in (0, 1)]
+    path.write_text("".join(json.dumps(row) + "\n" for row in given))
+    folders = [folder / name for name in NAMES]
+    read_labelled(Branches(("mlp",), 3, None), folders, path, TOKENS, config)
+    said = capsys.readouterr().err
+    assert f"tokens for source 2 ({folders[2]})" in said and "source 0" not in said
+    lines(path, (0, 1, 2))
+    read_labelled(Branches(("mlp",), 3, None), folders, path, TOKENS, config)
+    assert "warning" not in capsys.readouterr().err

@@ -9,8 +9,15 @@ from transformers import AutoModelForCausalLM
 from moe.errors import UserError
 from moe.model import RoutedLlamaForCausalLM
 from moe.upcycle.calibrate.budget import choose
-from moe.upcycle.calibrate.contributions import Units, contributions, importance, metrics
+from moe.upcycle.calibrate.contributions import (
+    Units,
+    contributions,
+    importance,
+    metrics,
+    share_of,
+)
 from moe.upcycle.calibrate.fisher import measure_gradients
+from moe.upcycle.calibrate.fitting import warn
 from moe.upcycle.calibrate.journal import Journal, LayerFit
 from moe.upcycle.calibrate.neurons import order_neurons
 from moe.upcycle.calibrate.parts import Part
@@ -292,6 +299,40 @@ def test_a_dead_head_is_never_shared_and_chosen_last():
         choose(
             fits, Part(name="attention", units=4, keep=4, budget="topk", shared=4), torch.float32
         )
+
+
+@pytest.mark.parametrize("budget", ["threshold", "layer"])
+def test_a_dead_head_is_below_the_living_of_all_layers(budget):
+    """Layer 0's scores are all far above layer 1's, and half of its heads add nothing."""
+    torch.manual_seed(0)
+    high, low = 100 + 0.1 * torch.rand(200, 4), torch.rand(200, 4)
+    fits = {0: fit_of(high, [0.0, 0.0, 0.5, 0.4]), 1: fit_of(low, [0.3] * 4)}
+    part = Part(name="attention", units=4, keep=2, budget=budget)
+    choices, _ = choose(fits, part, torch.float32)
+    on = {layer: choices[layer].on(fit.scores, 4) for layer, fit in fits.items()}
+    assert not on[0][:, :2].any() and on[0][:, 2:].all()
+    assert on[1].sum(1).mean().item() == pytest.approx(2, abs=0.02)
+
+
+def test_a_budget_that_dead_heads_leave_unspent_turns_the_living_on(capsys):
+    torch.manual_seed(0)
+    fits = {0: fit_of(torch.zeros(200, 4), [0.0] * 4), 1: fit_of(torch.rand(200, 4), [0.3] * 4)}
+    part = Part(name="attention", units=4, keep=3, budget="threshold")
+    choices, _ = choose(fits, part, torch.float32)
+    assert [choices[layer].on(fits[layer].scores, 4).mean().item() for layer in fits] == [0, 1]
+    assert [choices[layer].mean for layer in fits] == [0, 4]
+    warn([part], {"attention": choices})
+    said = capsys.readouterr().err
+    assert "layer 0: heads 0, 1, 2, 3 add nothing" in said
+    assert "2 of 4 heads are on per token on average, not 3" in said
+    with pytest.raises(UserError, match="no heads add anything"):
+        choose({0: fits[0]}, part, torch.float32)
+
+
+def test_a_token_without_a_residual_stream_is_worth_nothing():
+    worth, norm = torch.rand(3, 2) + 1, torch.tensor([[2.0], [0.0], [4.0]])
+    found = share_of(worth, norm)
+    assert torch.equal(found[1], torch.zeros(2)) and torch.equal(found[0], worth[0] / 2)
 
 
 def test_even_weights_are_even_to_a_percent():

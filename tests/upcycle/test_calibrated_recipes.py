@@ -223,7 +223,7 @@ def test_a_plan_says_what_would_be_fitted_and_fits_nothing(moe_upcycle, plain, t
     result = moe_upcycle("moh", *given, "--refit")
     assert result.code == 0 and "calibrate:" not in result.err
     assert "ridge router, fitted to text" in result.out
-    assert "to be fitted to text: what 9 heads or groups of each attention are worth" in result.out
+    assert "to be fitted to text: what 9 heads of each attention are worth" in result.out
     assert not (tmp_path / "out.partial").exists()
     described = json.loads(moe_upcycle("uoe", "--mlp-experts", 6, *given, "--json").out)
     assert "which neurons belong together, 16 of them always on" in described["fitted"][0]
@@ -258,7 +258,7 @@ REFUSALS = {
     ),
     "k of too few": (
         ("moh", "--budget", "topk", "--shared-heads", 6, "--top-k", 4, "TEXT"),
-        "attention.top_k=4 must be between 1 and 3",
+        "--top-k 4 must be between 1 and 3",
     ),
     "budget by chance": (("uoe", "--mlp-experts", 4, "--mode", "budget"), "needs --router calib"),
     "mean without budget": (
@@ -305,6 +305,7 @@ def test_texts_that_do_not_suit_the_model_are_refused(refused, plain, tmp_path):
     )
     assert "50% of its tokens are unknown" in refusal("a " * 500)
     assert 'line 2 is no object with a "text"' in refusal('{"text": "abc"}\n{}', name="t.jsonl")
+    assert "line 1 is no Unicode text" in refusal('{"text": "abc\\ud800"}', name="t.jsonl")
     assert "cannot be read" in refused(
         2, "moh", "--calibrate", tmp_path / "none", "--source", plain, "--no-verify"
     )
@@ -351,6 +352,11 @@ def test_choices_are_those_of_the_conversions(case, convert, plain):
     ours = "refit" if "--refit" in options else "calibrated"
     assert held_out[ours] == pytest.approx(proof["perplexity"]["converted"], rel=2e-5)
     assert ("refit" in held_out) == (ours == "refit")
+    if ours == "refit":
+        without = [option for option in options if option != "--refit"]
+        as_chosen, _ = convert(recipe, *without, source=plain, verify=True)
+        found = Receipt.read(as_chosen).verification["perplexity"]["converted"]
+        assert held_out["calibrated"] == pytest.approx(found, rel=2e-5)
     assert held_out["oracle"] != held_out["calibrated"] != held_out["dense"]
     assert documentation["text"] == "Python documentation" and "perplexity of choices" in result.out
     if recipe == "moh":

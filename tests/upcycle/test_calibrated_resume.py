@@ -12,6 +12,8 @@ import torch
 from harness import run_ranks
 from invoke import moe
 
+from moe.errors import Corrupt
+from moe.upcycle.calibrate.ranks import join, together
 from moe.upcycle.receipt import Receipt
 
 OPTIONS = ("--calibration-tokens", calibrating.TOKENS, "--no-verify", "--refit")
@@ -129,3 +131,24 @@ def test_two_processes_share_a_text(folder, tmp_path, weights):
         assert (two[name] - tensor).abs().max() < 1e-3 * scale, name
     records = [Receipt.read(f).steps[-1]["calibration"] for f in (alone, shared)]
     assert records[0]["perplexity"] == pytest.approx(records[1]["perplexity"], rel=1e-4)
+
+
+def find(damaged: int) -> str:
+    """On each rank: what is raised where one's text shows damage."""
+    with join() as ranks:
+
+        def run() -> int:
+            if ranks.rank == damaged:
+                raise Corrupt(f"found by rank {ranks.rank}")
+            return ranks.rank
+
+        try:
+            return f"all is well on rank {together(ranks, run)}"
+        except Corrupt as error:
+            return str(error)
+
+
+@pytest.mark.slow
+def test_what_one_process_finds_all_raise():
+    assert run_ranks(find, 2, 1) == ["found by rank 1"] * 2
+    assert run_ranks(find, 2, 2) == ["all is well on rank 0", "all is well on rank 1"]

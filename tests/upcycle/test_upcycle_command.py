@@ -165,7 +165,7 @@ def test_the_zero_router_warns(dense, moe_upcycle, tmp_path):
         (("copy", "--num-experts", "0", "--top-k", "1"), ["--num-experts 0"]),
         (("copy", "--num-experts", "10000000000", "--top-k", "1"), ["between 1 and 4096"]),
         (("moh", "--seed", "-1"), ["--seed"]),
-        (("moh", "--layers", "7", "--top-k", "7"), ["--layers 7", "top_k=7"]),
+        (("moh", "--layers", "7", "--top-k", "7"), ["--layers 7", "--top-k 7"]),
         (
             ("copy", "--num-experts", "0", "--top-k", "1", "--diversify", "drop:2",
              "--router-init", "uniform"),
@@ -176,7 +176,7 @@ def test_the_zero_router_warns(dense, moe_upcycle, tmp_path):
         (("copy", *COPY, "--layers", "0-99999999999999"), ["0 to 2"]),
         (("copy", *COPY, "--layers", "x"), ["'x'"]),
         (("copy", *COPY, "--text", "no-such-file.txt"), ["no-such-file.txt"]),
-        (("moh", "--top-k", "7"), ["top_k=7", "between 1 and 5"]),
+        (("moh", "--top-k", "7"), ["--top-k 7", "between 1 and 5"]),
         (("moh", "--shared-heads", "-1"), ["-1"]),
         (("moh", "--shared-heads", "9"), ["9 heads"]),
         (("moh", "--router", "two_stage", "--granularity", "kv_group"), ["granularity=head"]),

@@ -160,7 +160,7 @@ class BranchCalibration:
             self.progress.advance(self.mixture.config.num_hidden_layers * sum(map(len, windows)))
             return list(known.split(counts)[self.ranks.rank].split(sizes))
         model = Model(self.sources[source], self.ranks.device)
-        stream = Stream(model, windows, self.progress)
+        stream = Stream(model, windows, self.ranks, self.progress)
         for index in range(model.config.num_hidden_layers):
             with model.layer(index) as layer:
                 stream.advance(layer, index, ())
@@ -204,7 +204,7 @@ class BranchCalibration:
         mixture's perplexity.
         """
         record: dict[Name, dict[str, Any]] = {part: {} for part in self.branches.parts}
-        stream = Stream(self.mixture, self.windows, self.progress)
+        stream = Stream(self.mixture, self.windows, self.ranks, self.progress)
         shape = self.branches.count, self.mixture.config.hidden_size
         for part in self.branches.parts:
             for index in self.layers:  # the plan has to be readable before it is complete

@@ -27,6 +27,11 @@ class Choice:
     bias: Tensor = field(default_factory=lambda: torch.empty(0))  # [R]
     routed: tuple[int, ...] = ()
 
+    @property
+    def living(self) -> list[int]:
+        """The routed units that add something."""
+        return [unit for unit in self.routed if unit not in self.dead]
+
     def on(self, x_TH: Tensor, units: int) -> Tensor:
         """Which units are on [T, U], 0 or 1, as the model will have it."""
         scores_TR = x_TH @ self.weight.to(x_TH).T + self.bias.to(x_TH)
@@ -45,13 +50,22 @@ def choose(
 ) -> tuple[dict[int, Choice], float | None]:
     """The choice of each layer, routers as `dtype` can hold them, and the threshold of all layers.
 
-    Raises UserError where too few units of a layer add anything.
+    Raises UserError where too few units of a layer, or none of any, add anything.
     """
     choices = {layer: _share(layer, fit, part) for layer, fit in fits.items()}
-    scores = {layer: _scores(fits[layer], choice) for layer, choice in choices.items()}
+    living = [fits[layer].scores[:, choice.living].flatten() for layer, choice in choices.items()]
+    every = torch.cat(living)
+    if not len(every):
+        raise UserError(
+            f"no {part.noun} add anything to any token of the calibration text: there is nothing "
+            "to choose between. Is the source damaged?"
+        )
+    below = every.min().item() - 2 * _margin(every)
+    scores = {layer: _scores(fits[layer], choice, below) for layer, choice in choices.items()}
     threshold = None
     if part.budget == "threshold":
-        threshold = bar(torch.cat([s.flatten() for s in scores.values()]), part)
+        units = sum(s.numel() for s in scores.values())
+        threshold = bar(every, part, units)
     elif part.budget == "layer":
         for layer, top_k in _spend(scores, choices, part).items():
             choices[layer].top_k = top_k
@@ -72,30 +86,34 @@ def _share(layer: int, fit: LayerFit, part: Part) -> Choice:
         order = list(range(len(fit.mean)))
     elif part.shared > (alive := len(fit.mean) - len(dead)):
         raise UserError(
-            f"layer {layer}: {alive} of {len(fit.mean)} heads add anything on the calibration "
-            f"text, and {part.shared} are to be shared. Use fewer --shared-heads, or other "
-            "--layers."
+            f"layer {layer}: {alive} of {len(fit.mean)} {part.noun} add anything on the "
+            f"calibration text, and {part.shared} are to be shared. Use fewer --shared-heads, or "
+            "other --layers."
         )
     shared = tuple(sorted(order[: part.shared]))
     routed = tuple(u for u in range(len(fit.mean)) if u not in shared)
     return Choice(shared=shared, dead=tuple(dead), routed=routed)
 
 
-def _scores(fit: LayerFit, choice: Choice) -> Tensor:
-    """Predictions [T, R]; a dead unit has one below all others, always."""
+def _scores(fit: LayerFit, choice: Choice, below: float) -> Tensor:
+    """Predictions [T, R]; a dead unit's is below those of all layers' living ones, always."""
     scores_TU = fit.scores.clone()
-    alive = [u for u in choice.routed if u not in choice.dead]
-    if alive and choice.dead:
-        others = scores_TU[:, alive]  # so far below that no rounding closes the gap
-        scores_TU[:, list(choice.dead)] = others.min() - others.std(correction=0)
+    scores_TU[:, list(choice.dead)] = below
     return scores_TU[:, list(choice.routed)]
 
 
-def bar(scores: Tensor, part: Part) -> float:
-    """What as many scores reach as the budget has room for."""
-    on = min(max(1, round(part.keep / part.units * len(scores))), len(scores))
+def _margin(scores: Tensor) -> float:
+    """A distance between scores that no rounding closes."""
+    return max(scores.std(correction=0).item(), 1e-3 * scores.abs().max().item(), 1e-6)
+
+
+def bar(scores: Tensor, part: Part, units: int) -> float:
+    """What as many scores reach as the budget has room for among so many units of all tokens, those
+    that add nothing counted: they have no score here.
+    """
+    on = min(max(1, round(part.keep / part.units * units)), len(scores))
     if on == len(scores):
-        return scores.min().item() - 1e-6
+        return scores.min().item() - _margin(scores)
     # between two scores, so that rounding in the model lets no other one through
     low = scores.kthvalue(len(scores) - on).values.item()
     high = scores.kthvalue(len(scores) - on + 1).values.item()
@@ -113,7 +131,11 @@ def _spend(
     budget = round(part.keep * len(scores)) - part.shared * len(scores)
     counts = dict.fromkeys(scores, 1)
     worth = {layer: s.sort(dim=1, descending=True).values.mean(0) for layer, s in scores.items()}
-    gains = [(-gain, layer) for layer, means in worth.items() for gain in means[1:].tolist()]
+    gains = [
+        (-gain, layer)
+        for layer, means in worth.items()
+        for gain in means[1 : len(choices[layer].living)].tolist()
+    ]
     for _, layer in sorted(gains)[: max(0, budget - len(scores))]:
         counts[layer] += 1
     return counts
@@ -134,7 +156,8 @@ def _finish(
     else:
         choice.mean = len(choice.shared) + (scores_TR >= threshold).sum(1).double().mean().item()
         solution[-1] -= threshold
-    scale = scores_TR.double().std(correction=0).item()
+    alive = [place for place, unit in enumerate(choice.routed) if unit not in choice.dead]
+    scale = scores_TR[:, alive].double().std(correction=0).item() if alive else 0.0
     if part.spread is not None:
         widest = (best[:, 0] - best[:, -1]).max().item()
         scale = widest / math.log1p(part.spread)

@@ -2,8 +2,9 @@
 
     rows = side_by_side(source, converted, fits, [("Python documentation", ids)])
 
-Every choice is made on the source itself, by masking the inputs of output projections: a unit that
-is off adds nothing. The oracle's goes by what units really are worth, which no router can know.
+Other choices are made on the source itself, by masking the inputs of output projections: a unit
+that is off adds nothing. The oracle's goes by what units really are worth, which no router can
+know. The fitted choice is the converted model itself, or its mask where a refit changed more.
 T tokens, U units, D inputs of an output projection.
 """
 
@@ -18,7 +19,7 @@ import torch
 from torch import Tensor, nn
 
 from moe.upcycle.calibrate.budget import Choice
-from moe.upcycle.calibrate.contributions import Units, contributions
+from moe.upcycle.calibrate.contributions import Units, contributions, share_of
 from moe.upcycle.calibrate.parts import MODULES, OUTPUTS, Name, Part
 from moe.upcycle.verify import load, perplexity
 
@@ -69,7 +70,7 @@ class Masks:
         worth_TU = contributions(z_TD, known.units, known.metric_Uss)
         if part.relative:
             assert seen.norm_T1 is not None
-            worth_TU = worth_TU / seen.norm_T1
+            worth_TU = share_of(worth_TU, seen.norm_T1)
         if part.budget == "threshold":
             return (worth_TU >= self.bars[part.name]).to(worth_TU)
         routed = list(known.choice.routed)
@@ -80,16 +81,16 @@ class Masks:
 
 
 def _papers(part: Part, seen: Seen, z_TD: Tensor) -> Tensor:
-    """As many units as the budget says: MoH's first half shared and largest query norms, UoE's
-    slices as they lie by a drawn router.
+    """No fewer inputs than the budget says, in whole units as they lie: MoH's first half shared and
+    largest query norms, UoE's by a drawn router.
     """
     inputs = z_TD.shape[1]
     units = Units.in_a_row(inputs - inputs % part.units, part.units, z_TD.device)
     share = part.keep / part.units
     if part.name == "mlp":
         share = (part.always + share * (inputs - part.always)) / inputs
-    keep = min(max(round(share * part.units), 1), part.units)
-    if part.name == "attention":
+    keep = min(max(math.ceil(share * part.units - 1e-6), 1), part.units)
+    if not part.drawn:
         assert seen.query_TD is not None
         worth_TU = seen.query_TD.unflatten(1, (part.units, -1)).norm(dim=-1)
         worth_TU[:, : min(part.units // 2, keep - 1)] = torch.inf
@@ -150,7 +151,8 @@ def side_by_side(
 ) -> list[dict[str, Any]]:
     """Perplexity of each text, windows [N, S], under every choice; JSON-ready.
 
-    `refit` is the converted model where its output projections were fitted again.
+    `calibrated` is the converted model; where its output projections were fitted again that is
+    `refit`, and `calibrated` the same choice without.
     """
     parts = [part for part in fits.parts if part.routes]
     layers = sorted({layer for _, layer in fits.known})
@@ -158,15 +160,16 @@ def side_by_side(
     rows: list[dict[str, Any]] = [
         {"text": name, "dense": perplexity(model, ids)} for name, ids in texts
     ]
-    for how in ("paper", "calibrated", "oracle"):
-        masks = Masks(parts, fits.known, fits.bars, how)  # type: ignore[arg-type]
+    refit = any(part.refit for part in parts)
+    hows: tuple[How, ...] = ("paper", "calibrated", "oracle") if refit else ("paper", "oracle")
+    for how in hows:
+        masks = Masks(parts, fits.known, fits.bars, how)
         with masking(model, parts, layers, masks.of):
             for row, (_, ids) in zip(rows, texts, strict=True):
                 row[how] = perplexity(model, ids)
-    if any(part.refit for part in parts):
-        model = load(converted)
-        for row, (_, ids) in zip(rows, texts, strict=True):
-            row["refit"] = perplexity(model, ids)
+    model = load(converted)
+    for row, (_, ids) in zip(rows, texts, strict=True):
+        row["refit" if refit else "calibrated"] = perplexity(model, ids)
     return [{k: v if k == "text" else _rounded(v) for k, v in row.items()} for row in rows]
 
 

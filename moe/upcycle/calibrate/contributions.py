@@ -57,6 +57,11 @@ def contributions(z_TD: Tensor, units: Units, metric_Uss: Tensor) -> Tensor:
     return square_UT.clamp(min=0).sqrt().T
 
 
+def share_of(worth_TU: Tensor, norm_T1: Tensor) -> Tensor:
+    """Contributions over the length of the residual stream; of a token that has none, zeros."""
+    return torch.where(norm_T1 > 0, worth_TU / norm_T1, 0.0)
+
+
 def importance(weight_HD: Tensor, fisher_HH: Tensor | None) -> Tensor:
     """What one unit of each input adds [D]: sqrt(w_jᵀ F w_j), float32."""
     weight_HD = weight_HD.double()

@@ -17,7 +17,7 @@ from moe.model.llama import RoutedDecoderLayer
 from moe.progress import Progress
 from moe.upcycle.calibrate.journal import Journal
 from moe.upcycle.calibrate.parts import Name
-from moe.upcycle.calibrate.ranks import Ranks
+from moe.upcycle.calibrate.ranks import Ranks, together
 from moe.upcycle.calibrate.stream import Model, losses, require_finite
 
 EVERY = 4  # of so many windows one: a second moment needs less than a router
@@ -49,7 +49,7 @@ def measure_gradients(
     The gradient is that of a window's summed loss. Returns the windows' perplexity. Raises Corrupt
     where values are not finite.
     """
-    entrances = _forward(model, windows, min(layers), progress)
+    entrances = together(ranks, lambda: _forward(model, windows, min(layers), progress))
     gradients, total, count = [], 0.0, 0
     head = model.head()
     for x_SH, ids_S in zip(entrances.pop(), windows, strict=True):

@@ -17,7 +17,13 @@ from torch import Tensor
 from moe.progress import Progress
 from moe.upcycle.calibrate.budget import Choice, bar, choose
 from moe.upcycle.calibrate.compare import Known
-from moe.upcycle.calibrate.contributions import Units, contributions, importance, metrics
+from moe.upcycle.calibrate.contributions import (
+    Units,
+    contributions,
+    importance,
+    metrics,
+    share_of,
+)
 from moe.upcycle.calibrate.fisher import EVERY, PASSES, measure_gradients
 from moe.upcycle.calibrate.journal import Journal, LayerFit, empty_order
 from moe.upcycle.calibrate.neurons import order_neurons
@@ -93,7 +99,7 @@ class Calibration:
         if whole and self.agree(self.journal.noted("perplexity")) is not None:
             self.progress.advance(self._walk_work())
             return found
-        stream = Stream(self.model, self.windows, self.progress)
+        stream = Stream(self.model, self.windows, self.ranks, self.progress)
         for index in range(self._depth):
             wanted = [
                 p for p in self.parts if index in self.layers and (p.name, index) not in found
@@ -143,7 +149,7 @@ class Calibration:
         some = [torch.empty(0, part.units)]
         for x_SH, z_SD, norm_S1 in seen:
             worth_SU = contributions(z_SD, units, metric_Uss)
-            worth_SU = worth_SU / norm_S1 if part.relative else worth_SU
+            worth_SU = share_of(worth_SU, norm_S1) if part.relative else worth_SU
             moments.add(x_SH, worth_SU)
             some.append(worth_SU[::SAMPLED].cpu())
         moments.sum(self.ranks)
@@ -194,7 +200,7 @@ class Calibration:
         if len(outputs) == len(parts) * len(self.layers):
             self.progress.advance(self._refit_work() if parts else 0)
             return outputs
-        stream = Stream(self.model, self.windows, self.progress)
+        stream = Stream(self.model, self.windows, self.ranks, self.progress)
         for index in range(max(self.layers) + 1):
             wanted = [p for p in parts if index in self.layers and p.output(index) not in outputs]
             with self.model.layer(index) as layer:
@@ -220,8 +226,13 @@ class Calibration:
                 known = Known(units.to("cpu"), metric_Uss.cpu(), choice)
                 fits.known[part.name, index] = known
             if part.budget == "threshold":
-                own = [found[part.name, index].worth.flatten() for index in self.layers]
-                fits.bars[part.name] = bar(torch.cat(own), part)
+                worth = {index: found[part.name, index].worth for index in self.layers}
+                living = [
+                    worth_TU[:, choices[part.name][index].living].flatten()
+                    for index, worth_TU in worth.items()
+                ]
+                count = sum(worth_TU.numel() for worth_TU in worth.values())
+                fits.bars[part.name] = bar(torch.cat(living), part, count)
 
     def _refit_part(
         self, part: Part, index: int, fit: LayerFit, choice: Choice, seen: Sequence[Seen]
@@ -340,20 +351,23 @@ def describe(
 
 
 def warn(parts: Iterable[Part], choices: Mapping[Name, Mapping[int, Choice]]) -> None:
-    """Name the units that add nothing."""
-    dead = {
-        (part.name, layer): choice.dead
-        for part in parts
-        for layer, choice in choices[part.name].items()
-        if choice.dead
-    }
-    for (name, layer), units in dead.items():
-        noun = "heads" if name == "attention" else "slices"
-        print(
-            f"warning: layer {layer}: {noun} {', '.join(map(str, units))} add nothing on the "
-            "calibration text: never shared, chosen last.",
-            file=sys.stderr,
-        )
+    """Name the units that add nothing, and a budget that they leave unspent."""
+    found = []
+    for part in parts:
+        for layer, choice in choices[part.name].items():
+            if choice.dead:
+                found.append(
+                    f"layer {layer}: {part.noun} {', '.join(map(str, choice.dead))} add nothing on "
+                    "the calibration text: never shared, chosen last."
+                )
+        mean = sum(c.mean for c in choices[part.name].values()) / len(choices[part.name])
+        if part.routes and mean < part.keep - 0.01 * part.units:
+            found.append(
+                f"{mean:.3g} of {part.units} {part.noun} are on per token on average, not "
+                f"{part.keep:g}: the others add nothing."
+            )
+    for text in found:
+        print(f"warning: {text}", file=sys.stderr)
 
 
 def peak_memory() -> int:

@@ -4,6 +4,7 @@ windows = read_labelled(branches, folders, Path("text.jsonl"), 16_384, config)
 """
 
 import json
+import sys
 from collections.abc import Hashable, Iterator, Sequence
 from pathlib import Path
 from typing import NamedTuple
@@ -63,6 +64,8 @@ def read_labelled(
         branches.labels = [key for key, _ in windows if isinstance(key, int)]
     found = [window for _, window in windows]
     require_use(folders[0], text, tokenizer, found, tokens, config)
+    if branches.target == "label":
+        _warn_of_little(text, folders, share, windows)
     return found
 
 
@@ -118,6 +121,20 @@ def _label(text: Path, line: Line, sources: dict[object, int] | None) -> Hashabl
             f"source. Use a number from 0 to {last}" + (f", or {names}." if names else ".")
         )
     return sources[line.label]
+
+
+def _warn_of_little(
+    text: Path, folders: Sequence[Path], share: int, windows: Sequence[tuple[Hashable, Tensor]]
+) -> None:
+    """Name the sources with less than half of their share of the tokens."""
+    for number, folder in enumerate(folders):
+        count = sum(len(window) for key, window in windows if key == number)
+        if 2 * count < share:
+            print(
+                f"warning: --calibrate {text} has {count:,} tokens for source {number} ({folder}), "
+                f"of {share:,} that each is to have: little to tell it from the others by.",
+                file=sys.stderr,
+            )
 
 
 def _require_each(text: Path, folders: Sequence[Path], labels: Sequence[Hashable]) -> None:

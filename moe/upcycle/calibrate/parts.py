@@ -44,6 +44,8 @@ class Part:
     routes: bool = True  # False: only shared units are sought
     refit: bool = False
     mean: str = "mean_heads"  # the specification's field for the measured mean
+    noun: str = field(default="heads", repr=False)  # its units, in words
+    drawn: bool = field(default=False, repr=False)  # the paper's router for these is a drawn one
 
     @property
     def relative(self) -> bool:
@@ -60,8 +62,7 @@ class Part:
 
     def describe(self) -> str:
         """In words, for a plan."""
-        noun = {"attention": "heads or groups", "mlp": "slices"}[self.name]
-        found = [f"what {self.units} {noun} of each {self.name} are worth, by {self.measure}"]
+        found = [f"what {self.units} {self.noun} of each {self.name} are worth, by {self.measure}"]
         found += [f"the {self.shared} shared ones"] if self.shared and not self.first else []
         if self.name == "mlp" and self.order is None:
             found.append(f"which neurons belong together, {self.always} of them always on")

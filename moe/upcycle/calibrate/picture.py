@@ -16,6 +16,7 @@ def draw(parts: dict[str, dict[str, Any]], path: Path) -> None:
     `parts` is a receipt's record: per part its layers with `worth` of units, and what is on.
     """
     from matplotlib.figure import Figure  # a second that no other conversion should wait for
+    from matplotlib.ticker import MaxNLocator
 
     figure = Figure(figsize=(4.8 * len(parts) + 1, 5.2), layout="constrained")
     spaces = figure.subplots(1, 2 * len(parts), width_ratios=[3, 1] * len(parts), squeeze=False)[0]
@@ -38,6 +39,8 @@ def draw(parts: dict[str, dict[str, Any]], path: Path) -> None:
             for mean, layer in zip(on, layers, strict=True)
         ]
         bars.barh(range(len(layers)), on, color="0.35")
+        for axis in (image.xaxis, bars.xaxis):
+            axis.set_major_locator(MaxNLocator(integer=True))
         bars.set(xlabel=f"on per token, of {part['units']}", xlim=(0, part["units"]))
         bars.set_ylim(image.get_ylim())
         bars.set_yticks([])

@@ -5,11 +5,15 @@ The only module of this room that joins a process group, and only where there ar
 
 import contextlib
 import os
-from collections.abc import Iterator
-from typing import Any, Protocol
+from collections.abc import Callable, Iterator
+from typing import Any, Protocol, TypeVar
 
 import torch
 from torch import Tensor
+
+from moe.errors import Corrupt
+
+T = TypeVar("T")
 
 
 class Ranks(Protocol):
@@ -46,6 +50,19 @@ class Alone:
 
     def gather(self, value: Any) -> list[Any]:
         return [value]
+
+
+def together(ranks: Ranks, run: Callable[[], T]) -> T:
+    """What `run` gives. Where a rank's text shows that something is damaged, every rank raises."""
+    found, failure = None, None
+    try:
+        found = run()
+    except Corrupt as error:
+        failure = str(error)
+    if failures := [text for text in ranks.gather(failure) if text]:
+        raise Corrupt(failures[0])
+    assert found is not None
+    return found
 
 
 @contextlib.contextmanager

@@ -17,6 +17,7 @@ from moe.model import RoutedLlamaConfig, RoutedLlamaForCausalLM
 from moe.model.llama import RoutedDecoderLayer
 from moe.progress import Progress
 from moe.upcycle.calibrate.parts import MODULES, OUTPUTS, Name
+from moe.upcycle.calibrate.ranks import Ranks, together
 from moe.upcycle.expression import Expression, num_columns, num_rows
 from moe.upcycle.recipes.conversion import config_of, unchanged
 from moe.upcycle.source import Source, blocks
@@ -184,17 +185,24 @@ def tapped(layer: RoutedDecoderLayer, parts: Sequence[Name]) -> Iterator[dict[Na
 class Stream:
     """Hidden states of all windows, moved on from layer to layer in place."""
 
-    def __init__(self, model: Model, windows: Sequence[Tensor], progress: Progress) -> None:
-        self.model, self.progress = model, progress
+    def __init__(
+        self, model: Model, windows: Sequence[Tensor], ranks: Ranks, progress: Progress
+    ) -> None:
+        self.model, self.ranks, self.progress = model, ranks, progress
         self.states = [model.embed(ids) for ids in windows]
 
     @torch.no_grad()
     def advance(
         self, layer: RoutedDecoderLayer, index: int, parts: Sequence[Name]
     ) -> dict[Name, list[Seen]]:
-        """Run a layer; returns what each of these parts of it saw. Raises Corrupt where values are
-        not finite.
+        """Run a layer; returns what each of these parts of it saw. Raises Corrupt, on all ranks,
+        where values are not finite.
         """
+        return together(self.ranks, lambda: self._advance(layer, index, parts))
+
+    def _advance(
+        self, layer: RoutedDecoderLayer, index: int, parts: Sequence[Name]
+    ) -> dict[Name, list[Seen]]:
         with tapped(layer, parts) as seen:
             for place, x_SH in enumerate(self.states):
                 self.states[place] = self.model.run(layer, index, x_SH)

@@ -96,6 +96,13 @@ def document_of(text: Path, number: int, line: str) -> str:
         raise UserError(
             f'--calibrate {text}: line {number} is no object with a "text" ({found!r:.80}).'
         )
+    try:
+        found.encode()
+    except UnicodeEncodeError as error:
+        raise UserError(
+            f"--calibrate {text}: line {number} is no Unicode text ({error.reason}). Mend the "
+            "line, or leave it out."
+        ) from error
     return found
 
 

@@ -79,6 +79,8 @@ def fit_slices(
             routes=recipe.router == "calibrated",
             refit=recipe.refit,
             mean="mean_experts",
+            noun="slices",
+            drawn=True,
             **own,
         )
     )

@@ -129,7 +129,8 @@ class MoH:
                 ]
         kv_heads = config.num_key_value_heads
         assert kv_heads is not None
-        return self.spec().problems(config.num_attention_heads, kv_heads)
+        found = self.spec().problems(config.num_attention_heads, kv_heads)
+        return [text.replace("attention.top_k=", "--top-k ") for text in found]
 
     @property
     def reads_text(self) -> bool:
@@ -191,6 +192,7 @@ class MoH:
             first=self.shared == "first",
             routes=self.router == "calibrated",
             refit=self.refit,
+            noun=self._noun,
         )
 
     def inexact(self, config: RoutedLlamaConfig) -> str:

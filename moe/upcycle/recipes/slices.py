@@ -231,6 +231,8 @@ class UoE:
                     measure=self.target,
                     budget="topk",
                     refit=self.refit,
+                    noun="KV groups",
+                    drawn=True,
                 )
             )
         if self.mlp_experts is not None:
