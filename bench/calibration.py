@@ -326,7 +326,7 @@ def goals_of(bench: Bench) -> tuple[list[Goal], list[str]]:
             row = min(rows, key=lambda r: bench.of(r)[text])
             what = f"{row.kept}, {row.name}: % over dense, {which}"
             goals.append(Goal(what, worse(bench, bench.of(row), text), "≤", most))
-            if text == "short" and bench.seeds > 1 and len(row.steps) == 1:
+            if text == "short" and bench.seeds > 1 and row.kept.endswith("heads"):
                 values = [worse(bench, bench.of(row, seed), text) for seed in range(bench.seeds)]
                 notes.append(f"{what}, fitted to other texts: {', '.join(map(str, values))}.")
     for row in MIXED:
