@@ -17,12 +17,9 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # no installation is needed
 
-import numpy as np
-import torch
 from matplotlib.figure import Figure
 from report import publish
 from study_text import code, maths
-from torch.nn import functional as F
 
 ROOT = Path(__file__).resolve().parents[1]
 SIDES = {
@@ -70,39 +67,45 @@ def train(name: str, how: str, options: argparse.Namespace) -> list[tuple[int, f
         more = how.format(text=options.data / "wikitext2/valid.txt").split()
         given = "--source", options.source, "--out", model, "--no-verify", *more
         run("moe", "upcycle", "moh", *given)
-    tokens = options.batch * options.length
     if not (out / "metrics.jsonl").exists():
-        sets = ", ".join(f"{{path: {folder / n}}}" for n in ("prose", "code", "maths"))
-        command = [
-            "torch.distributed.run", "--standalone", "--nproc-per-node", 1, "-m", "moe.train",
-            ROOT / "configs/train/demo.yaml", f"model={model}", f"out={out}",
-            f"data.train=[{sets}]", f"data.validation=[{{path: {folder / 'test'}}}]",
-            f"data.sequence_length={options.length}", f"train.steps={options.steps}",
-            f"train.global_batch_size={options.batch}", f"train.micro_batch_size={options.micro}",
-            f"train.dtype={options.dtype}", f"optimizer.lr={options.lr}",
-            f"schedule.warmup_steps={max(1, options.steps // 20)}", "train.log_every=10",
-            f"eval.every={options.every}", f"eval.sequences={options.sequences}",
-            f"checkpoint.every={options.steps}",
-        ]  # fmt: skip
-        run(*command)
+        launch(model, out, options, options.steps, options.lr)
+    tokens = options.batch * options.length
+    return [(step * tokens, value) for step, value in validated(out)]
+
+
+def launch(model: Path, out: Path, options: argparse.Namespace, steps: int, lr: float) -> None:
+    """One run of the trainer."""
+    folder = options.folder
+    sets = ", ".join(f"{{path: {folder / n}}}" for n in ("prose", "code", "maths"))
+    command = [
+        "torch.distributed.run", "--standalone", "--nproc-per-node", 1, "-m", "moe.train",
+        ROOT / "configs/train/demo.yaml", f"model={model}", f"out={out}",
+        f"data.train=[{sets}]", f"data.validation=[{{path: {folder / 'test'}}}]",
+        f"data.sequence_length={options.length}", f"train.steps={steps}",
+        f"train.global_batch_size={options.batch}", f"train.micro_batch_size={options.micro}",
+        f"train.dtype={options.dtype}", f"optimizer.lr={lr}",
+        f"schedule.warmup_steps={max(1, steps // 20)}", "train.log_every=10",
+        f"eval.every={min(options.every, steps)}", f"eval.sequences={options.sequences}",
+        f"checkpoint.every={steps}",
+    ]  # fmt: skip
+    run(*command)
+
+
+def validated(out: Path) -> list[tuple[int, float]]:
+    """Perplexity of the test text after so many steps."""
     lines = map(json.loads, (out / "metrics.jsonl").read_text().splitlines())
     found = {r["step"]: r["validation_loss"] for r in lines if "validation_loss" in r}
-    return [(step * tokens, math.exp(loss)) for step, loss in sorted(found.items())]
+    return [(step, math.exp(loss)) for step, loss in sorted(found.items())]
 
 
-@torch.no_grad()
 def before(model: Path, options: argparse.Namespace) -> float:
-    """Perplexity of the test text, in the samples that training validates on."""
-    from moe.upcycle.verify import load
-
-    ids = np.fromfile(options.folder / "test.bin", dtype=np.uint16).astype(np.int64)
-    length, device = options.length, "cuda" if torch.cuda.is_available() else "cpu"
-    held, losses = load(model).to(device), []
-    for start in range(0, min(options.sequences * length, len(ids) - length - 1), length):
-        window = torch.from_numpy(ids[start : start + length + 1]).to(device)
-        logits = held(window[None, :-1], use_cache=False).logits[0].float()
-        losses.append(F.cross_entropy(logits, window[1:]).item())
-    return math.exp(sum(losses) / len(losses))
+    """Perplexity of the test text, in the samples that training validates on: after a step that
+    changes nothing.
+    """
+    out = options.folder / f"untrained-{model.name}"
+    if not (out / "metrics.jsonl").exists():
+        launch(model, out, options, 1, 1e-12)
+    return validated(out)[0][1]
 
 
 def regained(curve: list[tuple[int, float]], dense: float) -> int | None:
