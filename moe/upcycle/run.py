@@ -23,7 +23,7 @@ from moe.upcycle.calibrate.branches import calibrate_branches
 from moe.upcycle.calibrate.compare import side_by_side
 from moe.upcycle.calibrate.fitting import calibrate
 from moe.upcycle.calibrate.journal import FOLDER
-from moe.upcycle.calibrate.labels import read_labelled
+from moe.upcycle.calibrate.labels import of_little, read_labelled
 from moe.upcycle.calibrate.picture import NAME as PICTURE
 from moe.upcycle.calibrate.picture import draw
 from moe.upcycle.calibrate.ranks import Ranks, join
@@ -88,6 +88,10 @@ def _run(recipe: Any, request: Request, ranks: Ranks) -> None:
     for warning in conversion.warnings if not ranks.rank else ():
         typer.echo(f"warning: {warning}", err=True)
     text = read_texts(request, sources, conversion)
+    if (branches := conversion.fits.branches) and request.calibrate and not ranks.rank:
+        folders, tokens = [s.folder for s in sources], request.calibration_tokens or TOKENS
+        for warning in of_little(branches, folders, request.calibrate, tokens, text):
+            typer.echo(f"warning: {warning}", err=True)
     if request.dry_run:
         described = describe_plan(conversion, plan, sources)
         typer.echo(json.dumps(described) if request.as_json else describe_lines(described))

@@ -6,7 +6,7 @@ import pytest
 from planted_branches import NAMES, TOKENS, build, calibration, letters, lines, plant, sources
 
 from moe.errors import UserError
-from moe.upcycle.calibrate.labels import read_labelled
+from moe.upcycle.calibrate.labels import of_little, read_labelled
 from moe.upcycle.calibrate.parts import Branches
 from moe.upcycle.recipes.conversion import config_of
 from moe.upcycle.source import Source
@@ -111,16 +111,22 @@ def test_two_folders_of_one_name_go_by_number(folder, tmp_path):
         read_labelled(Branches(("mlp",), 2, None), *given)
 
 
-def test_a_source_with_next_to_no_text_is_named(folder, tmp_path, capsys):
+def test_a_source_with_next_to_no_text_is_named(folder, moe_upcycle, tmp_path):
     config = config_of(Source.open(folder / NAMES[0]))
     path = tmp_path / "text.jsonl"
     given = [{"text": letters(2, 0)[:40], "label": 2}]
     given += [{"text": letters(i, seed), "label": i} for seed in range(40) for i in (0, 1)]
     path.write_text("".join(json.dumps(row) + "\n" for row in given))
     folders = [folder / name for name in NAMES]
-    read_labelled(Branches(("mlp",), 3, None), folders, path, TOKENS, config)
-    said = capsys.readouterr().err
-    assert f"tokens for source 2 ({folders[2]})" in said and "source 0" not in said
+    wanted = Branches(("mlp",), 3, None)
+    windows = read_labelled(wanted, folders, path, TOKENS, config)
+    (said,) = of_little(wanted, folders, path, TOKENS, windows)
+    assert f"40 tokens for source 2 ({folders[2]})" in said
+    result = moe_upcycle(
+        "btx", *sources(folder), "--calibrate", path, "--calibration-tokens", TOKENS, "--dry-run",
+        "--out", tmp_path / "out",
+    )  # fmt: skip
+    assert result.code == 0 and f"warning: {said}" in result.err
     lines(path, (0, 1, 2))
-    read_labelled(Branches(("mlp",), 3, None), folders, path, TOKENS, config)
-    assert "warning" not in capsys.readouterr().err
+    windows = read_labelled(wanted, folders, path, TOKENS, config)
+    assert not of_little(wanted, folders, path, TOKENS, windows)

@@ -329,6 +329,13 @@ def test_a_budget_that_dead_heads_leave_unspent_turns_the_living_on(capsys):
         choose({0: fits[0]}, part, torch.float32)
 
 
+def test_shared_heads_may_be_all_that_live():
+    fits = {0: fit_of(torch.rand(50, 3), [0.5, 0.0, 0.0])}
+    part = Part(name="attention", units=3, keep=2, budget="topk", shared=1)
+    choice = choose(fits, part, torch.float32)[0][0]
+    assert choice.shared == (0,) and choice.on(torch.rand(4, 3), 3).sum(1).tolist() == [2] * 4
+
+
 def test_a_token_without_a_residual_stream_is_worth_nothing():
     worth, norm = torch.rand(3, 2) + 1, torch.tensor([[2.0], [0.0], [4.0]])
     found = share_of(worth, norm)

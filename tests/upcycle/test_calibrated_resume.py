@@ -13,8 +13,11 @@ from harness import run_ranks
 from invoke import moe
 
 from moe.errors import Corrupt
+from moe.progress import Progress
 from moe.upcycle.calibrate.ranks import join, together
+from moe.upcycle.calibrate.stream import Model, Stream
 from moe.upcycle.receipt import Receipt
+from moe.upcycle.source import Source
 
 OPTIONS = ("--calibration-tokens", calibrating.TOKENS, "--no-verify", "--refit")
 
@@ -146,6 +149,24 @@ def find(damaged: int) -> str:
             return f"all is well on rank {together(ranks, run)}"
         except Corrupt as error:
             return str(error)
+
+
+def walk(source: Path) -> str:
+    """On each rank: a layer whose input is not finite on the second rank alone."""
+    with join() as ranks:
+        model = Model(Source.open(source), ranks.device)
+        stream = Stream(model, [torch.arange(8)], ranks, Progress("walk", 8, "tokens", True))
+        if ranks.rank == 1:
+            stream.states[0][3] = torch.nan
+        with model.layer(0) as layer, pytest.raises(Corrupt) as raised:
+            stream.advance(layer, 0, ())
+        return str(raised.value)
+
+
+@pytest.mark.slow
+def test_a_layer_that_is_not_finite_for_one_process_is_named_by_all(folder):
+    one, two = run_ranks(walk, 2, folder / "model")
+    assert one == two and "layer 0 gives values that are not finite" in one
 
 
 @pytest.mark.slow

@@ -55,12 +55,13 @@ def choose(
     choices = {layer: _share(layer, fit, part) for layer, fit in fits.items()}
     living = [fits[layer].scores[:, choice.living].flatten() for layer, choice in choices.items()]
     every = torch.cat(living)
-    if not len(every):
+    if all(len(choice.dead) == part.units for choice in choices.values()):
         raise UserError(
             f"no {part.noun} add anything to any token of the calibration text: there is nothing "
             "to choose between. Is the source damaged?"
         )
-    below = every.min().item() - 2 * _margin(every)
+    # shared units may be all that live: then the others need only be equal
+    below = every.min().item() - 2 * _margin(every) if len(every) else -1.0
     scores = {layer: _scores(fits[layer], choice, below) for layer, choice in choices.items()}
     threshold = None
     if part.budget == "threshold":

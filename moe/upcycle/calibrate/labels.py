@@ -4,7 +4,6 @@ windows = read_labelled(branches, folders, Path("text.jsonl"), 16_384, config)
 """
 
 import json
-import sys
 from collections.abc import Hashable, Iterator, Sequence
 from pathlib import Path
 from typing import NamedTuple
@@ -64,8 +63,6 @@ def read_labelled(
         branches.labels = [key for key, _ in windows if isinstance(key, int)]
     found = [window for _, window in windows]
     require_use(folders[0], text, tokenizer, found, tokens, config)
-    if branches.target == "label":
-        _warn_of_little(text, folders, share, windows)
     return found
 
 
@@ -123,18 +120,20 @@ def _label(text: Path, line: Line, sources: dict[object, int] | None) -> Hashabl
     return sources[line.label]
 
 
-def _warn_of_little(
-    text: Path, folders: Sequence[Path], share: int, windows: Sequence[tuple[Hashable, Tensor]]
-) -> None:
-    """Name the sources with less than half of their share of the tokens."""
-    for number, folder in enumerate(folders):
-        count = sum(len(window) for key, window in windows if key == number)
+def of_little(
+    branches: Branches, folders: Sequence[Path], text: Path, tokens: int, windows: Sequence[Tensor]
+) -> list[str]:
+    """What to say of the sources that have less than half of their share of the tokens."""
+    found, share = [], tokens // len(folders)
+    for number, folder in enumerate(folders if branches.labels else ()):
+        pairs = zip(branches.labels, windows, strict=True)
+        count = sum(len(window) for label, window in pairs if label == number)
         if 2 * count < share:
-            print(
-                f"warning: --calibrate {text} has {count:,} tokens for source {number} ({folder}), "
-                f"of {share:,} that each is to have: little to tell it from the others by.",
-                file=sys.stderr,
+            found.append(
+                f"--calibrate {text} has {count:,} tokens for source {number} ({folder}), of "
+                f"{share:,} that each is to have: little to tell it from the others by."
             )
+    return found
 
 
 def _require_each(text: Path, folders: Sequence[Path], labels: Sequence[Hashable]) -> None:
