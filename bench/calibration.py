@@ -369,7 +369,8 @@ def main() -> None:
         f"The dense model: {parent['short']:.2f} on the first 4,096 tokens of WikiText-2's test "
         f"file, {parent['wiki']:.2f} on {bench.texts['wiki'].numel():,}, {parent['code']:.2f} on "
         f"{bench.texts['code'].numel():,} tokens of Python's library. Fitted to "
-        f"{bench.tokens:,} tokens; s: seconds of the calibration; on: where the row was found.",
+        f"{bench.tokens:,} tokens, rows with a specified figure to {SPECIFIED_TOKENS:,}; "
+        "s: seconds of the calibration; on: where the row was found.",
         *notes,
     ]
     publish(
